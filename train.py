@@ -1,0 +1,538 @@
+"""Fine-tune and prune BERT on a GLUE task: a plain loop.
+
+    python train.py                                                   the embedded demo: dense, then SMP-S at 10%
+    python train.py --model google-bert/bert-base-uncased --task mnli --method smp-s --density 0.10 --out runs/mnli
+    torchrun --nproc-per-node 4 train.py ...                          the same on four devices
+
+A run is a pure function of its settings: the order of the data is drawn from (seed, epoch), dropout from (seed, step,
+rank), so that an interrupted run continues bit-exactly from (parameters, optimizer moments, step).
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import platform
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import tokenizers
+import torch
+import torch.distributed as dist
+from safetensors.torch import save as to_safetensors
+from torch.nn.parallel import DistributedDataParallel
+
+from data import TASKS, UserError, atomic_write, batches, collate, get_task, load_dataset, load_tokenizer, word_ids
+from eval import autocast, evaluate, inputs, load_dev, load_run, pick_device, predict
+from model import (
+    find_model,
+    load_model,
+    model_sha256,
+    read_config,
+    read_json,
+    read_safetensors,
+    save_model,
+    task_loss,
+    to_score,
+)
+from prune import METHODS, baked_state, distill
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings
+
+
+def flag(default, text, group=None, **more):
+    """A field of Settings that becomes a flag; `group` opens a new heading in --help."""
+    return field(default=default, metadata={"help": text, "group": group, **more})
+
+
+@dataclass
+class Settings:
+    """Everything a run depends on. None: taken from RECIPES for the method and task."""
+
+    model: str = flag("demo", "Hugging Face id, folder in Hugging Face's layout, or demo", "what to train")
+    task: str = flag("demo", f"one of {' '.join(name for name in TASKS if name != 'ax')}")
+    task_file: str = flag(None, "your own task: a JSON file (see README)")
+    method: str = flag("smp-s", "how to prune", choices=tuple(METHODS))
+    density: float = flag(0.1, "fraction of the encoder's matrices kept at the end; dense keeps all")
+    out: str = flag(None, "run folder; default runs/TASK-METHOD-DENSITY-sSEED")
+    resume: bool = flag(False, "continue the run in --out, bit-exactly, from its last checkpoint")
+
+    data_dir: str = flag("data", "folder of the GLUE files; what is missing is downloaded there", "data")
+    max_length: int = flag(None, "tokens, [CLS] and [SEP] included; longer pairs are cut (recipe: 128, SMP code)")
+
+    epochs: int = flag(None, "passes over the training set (recipe: by task)", "optimisation")
+    max_steps: int = flag(0, "optimizer steps of the whole run, in place of epochs; 0: by epochs")
+    batch_size: int = flag(None, "examples per optimizer step, over all devices and micro-batches (recipe: by task)")
+    grad_accum: int = flag(1, "micro-batches a batch is computed in: less memory, same result")
+    lr: float = flag(None, "peak learning rate of the weights (recipe: 3e-5, Devlin et al. A.3)")
+    warmup: float = flag(None, "fraction of the run in which lr rises (recipe: dense 0.1, Devlin et al. code; SMP 0)")
+    weight_decay: float = flag(None, "AdamW's, on matrices only (recipe: 0.01, Devlin et al. A.2)")
+    clip: float = flag(1.0, "largest gradient norm (SMP code, Devlin et al. code)")
+    dropout: float = flag(None, "hidden and attention dropout (recipe: 0.1, as the checkpoint was pretrained)")
+    seed: int = flag(0, "of the new head, the order of the data and dropout")
+
+    score_lr: float = flag(None, "peak learning rate of the scores (recipe: 2e-2, SMP)", "pruning")
+    ramp: float = flag(None, "fraction of the run in which density falls (recipe: 0.593 to 0.048 by density, SMP code)")
+    reg_lambda: float = flag(None, "final weight of the regulariser (recipe: 400, SMP)")
+    temperature_s: float = flag(None, "temperature p of SMP-S's sigmoid (recipe: 1, 3 or 4 by density, SMP code)")
+    redistribute: bool = flag(True, "SMP-S: pass on what a full matrix cannot take; --no-redistribute: as released")
+    regression: str = flag(
+        "interpolate",
+        'label-word head on a score task: p(yes) between "no" and "yes", or the published logit of "yes" under MSE',
+        choices=("interpolate", "logit"),
+    )
+    teacher: str = flag(None, "folder of a dense run of the same task to distil from (0.5 CE + 0.5 T^2 KL, T = 2)")
+
+    eval_every: int = flag(0, "steps between evaluations, each with a checkpoint; 0: once per epoch", "running")
+    log_every: int = flag(50, "steps between log lines")
+    device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = flag(
+        "auto", "autocast type; auto: bf16 or fp16 on CUDA, else fp32", choices=("auto", "fp32", "bf16", "fp16")
+    )
+
+
+# The published recipes, by method and then by task ("*": every other). SMP: released run scripts. Dense: Devlin et al.,
+# A.3 (batch 32, 3e-5, 3 epochs) and five epochs for the small tasks, as in the GLUE examples of `transformers`.
+_COMMON = {"max_length": 128, "dropout": 0.1, "lr": 3e-5, "weight_decay": 0.01, "warmup": 0.1}
+_DENSE = _COMMON | {"epochs": 3, "batch_size": 32}
+_SMP = _COMMON | {"epochs": 60, "batch_size": 32, "warmup": 0.0, "score_lr": 2e-2, "reg_lambda": 400.0}
+_SMP_BIG = _SMP | {"epochs": 12, "batch_size": 64}
+_SMP_TASKS = {"*": _SMP, "rte": _SMP | {"epochs": 100}} | {t: _SMP_BIG for t in ("mnli", "qnli", "qqp", "sst2")}
+RECIPES = {
+    "dense": {"*": _DENSE} | {t: _DENSE | {"epochs": 5} for t in ("mrpc", "rte", "wnli")},
+    "smp-l": _SMP_TASKS,
+    "smp-s": _SMP_TASKS,
+}
+
+
+def recipe(s):
+    """The published value of each setting left open, for this method, task and density."""
+    values = dict(RECIPES[s.method].get(s.task, RECIPES[s.method]["*"]))
+    # N / T on MNLI: 43,632, 5,250 and 3,500 of 73,632 steps at density 0.5 and below, 0.7 and 0.8 (SMP code).
+    values.setdefault("ramp", 0.593 if s.density <= 0.5 else 0.071 if s.density <= 0.7 else 0.048)
+    mnli_half = s.task == "mnli" and s.density == 0.5 and not s.teacher
+    values.setdefault("temperature_s", 4.0 if s.density >= 0.7 else 3.0 if mnli_half else 1.0)
+    return {"score_lr": 0.0, "reg_lambda": 0.0} | values
+
+
+def parse(argv):
+    """Settings from flags; an unknown flag ends with status 2. Returns also the names of the flags given."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser
+    for f in fields(Settings):
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
+        name = "--" + f.name.replace("_", "-")
+        text = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        choices = f.metadata.get("choices")
+        extra = {"choices": choices} if choices else {} if f.type is bool else {"metavar": f.type.__name__.upper()}
+        group.add_argument(name, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind, **extra)
+    return vars(parser.parse_args(argv))
+
+
+def settings_from(given):
+    """Settings with the recipe filled in and every value checked; UserError names the flag."""
+    s = Settings(**given)
+    if s.method == "dense":
+        s.density = 1.0
+    s.task = get_task(s.task, s.task_file).name  # also: no such task
+    for name, value in recipe(s).items():
+        if getattr(s, name) is None:
+            setattr(s, name, value)
+    if s.out is None:
+        s.out = f"runs/{s.task}-{s.method}-{s.density:g}-s{s.seed}"
+    at_least = {"epochs": 1, "batch_size": 1, "max_length": 8, "grad_accum": 1, "log_every": 1, "max_steps": 0}
+    at_least |= {"eval_every": 0, "seed": 0, "lr": 0, "weight_decay": 0, "score_lr": 0, "reg_lambda": 0, "warmup": 0}
+    at_most = {"warmup": 1, "ramp": 1, "dropout": 0.9, "seed": 2**31 - 1}
+    above = {"density": 0, "clip": 0, "temperature_s": 0, "ramp": 0}
+    for f in fields(Settings):
+        name, value = f.name, getattr(s, f.name)
+        if f.type not in (int, float):
+            continue
+        fits = math.isfinite(value) and at_least.get(name, value) <= value <= at_most.get(name, value)
+        if not fits or value <= above.get(name, -math.inf) or (name == "density" and value > 1):
+            bounds = [f"at least {at_least[name]}"] if name in at_least else []
+            bounds += [f"above {above[name]}"] if name in above else []
+            bounds += [f"at most {at_most.get(name, 1)}"] if name in at_most or name == "density" else []
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected a number " + " and ".join(bounds))
+    return s
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the pieces of the loop
+
+
+def lr_at(step, total_steps, warmup):
+    """Factor of the learning rate: linear from 0 over `warmup` (a fraction of the run), then linear to 0 at the end."""
+    rise = warmup * total_steps
+    return step / rise if step < rise else (total_steps - step) / (total_steps - rise)
+
+
+def save_checkpoint(path, model, optimizer, progress):
+    """One safetensors file with what trains and its moments; `progress` (JSON) in its header. Atomic."""
+    tensors = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{key}": value.cpu() for key, value in state.items()}
+    atomic_write(path, to_safetensors(tensors, metadata={"progress": json.dumps(progress)}))
+
+
+def load_checkpoint(path, model, optimizer):
+    """Put a checkpoint back; returns `progress`. UserError where the file is damaged or of another model."""
+    tensors, metadata = read_safetensors(path)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    state = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, i, key = name.split(".")
+            state.setdefault(int(i), {})[key] = tensor
+    if trained.keys() != {name for name in tensors if not name.startswith("optimizer.")} or "progress" not in metadata:
+        raise UserError(f"{path}: holds other tensors than this run trains; start anew in another --out")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(tensors[name])
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return json.loads(metadata["progress"])
+
+
+class Log:
+    """metrics.jsonl and the terminal: a live line on a terminal, plain lines elsewhere; silent on ranks but 0."""
+
+    def __init__(self, path, rank):
+        self.path, self.quiet, self.live = path, rank > 0, sys.stdout.isatty()
+
+    def row(self, **values):
+        if not self.quiet:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def say(self, text, over=False):
+        if not self.quiet:
+            ends = over and self.live
+            print(("\r\033[K" if self.live else "") + text, end="" if ends else "\n", flush=True)
+
+    def cut(self, step):
+        """Drop the rows after `step`, and a torn last one: the resumed run writes them again."""
+        rows = []
+        if self.path.exists() and not self.quiet:
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):
+                    rows += [line] if json.loads(line)["step"] <= step else []
+            atomic_write(self.path, "".join(row + "\n" for row in rows))
+
+
+def git_commit():
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except OSError:
+        return None
+
+
+def peak_memory(device):
+    """Bytes: the most the device's tensors took on CUDA, the most the process took elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def show(metrics):
+    return "  ".join(f"{name} {100 * value:.2f}" for name, value in metrics.items())
+
+
+def load_teacher(s, task, tokenizer, train_set, dev_sets, device, dtype, log):
+    """The teacher's logits (N, K) on the training set or, of a regression task, its scores (N,): computed once, since
+    they depend on nothing but the example (dropout off). Its label order is checked and its dev score printed."""
+    teacher, teacher_task, teacher_tokenizer, theirs = load_run(s.teacher)
+    if theirs["method"] != "dense":
+        raise UserError(f"--teacher {s.teacher}: a {theirs['method']} run; expected a dense one")
+    if (teacher_task.name, teacher_task.labels) != (task.name, task.labels):
+        raise UserError(
+            f"--teacher {s.teacher}: trained on {teacher_task.name} with labels {list(teacher_task.labels)}; "
+            f"this run is on {task.name} with labels {list(task.labels)}"
+        )
+    if teacher_tokenizer.to_str() != tokenizer.to_str():
+        raise UserError(f"--teacher {s.teacher}: its tokenizer differs from that of {s.model}")
+    teacher.to(device)
+    log.say(f"teacher {s.teacher}: {show(evaluate(teacher, task, dev_sets, device, dtype))}")
+    logits = predict(teacher, train_set, device, dtype)
+    return (to_score(logits, task.low, task.high) if task.regression else logits).to(device)
+
+
+def train(s, resume=False, command=""):
+    """Run `s` and return what result.json holds."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(s.device)
+    if device.type == "cuda" and world > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dtype = s.dtype
+    if dtype == "auto":
+        dtype = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+    # data -> model -> method -> optimizer
+    out = Path(s.out)
+    log = Log(out / "metrics.jsonl", rank)
+    source = find_model(s.model)
+    config = read_config(source)
+    task = get_task(s.task, s.task_file)
+    tokenizer = load_tokenizer(source, config.vocab_size)
+    if s.max_length > config.max_position_embeddings:
+        raise UserError(f"--max-length {s.max_length}: {s.model} has {config.max_position_embeddings} positions")
+    Method = METHODS[s.method]
+    outputs, words = task.num_classes or 1, []
+    if Method.head == "words":
+        label_words = task.words[1:] if task.regression and s.regression == "logit" else task.words
+        words = word_ids(tokenizer, label_words)
+        outputs = len(words)
+    model = load_model(source, Method.head, outputs, words, s.seed, dropout=s.dropout)
+    if Method.head == "words" and not hasattr(model, "cls"):
+        log.say(f"{s.model} has no MLM head: classes are read as h_[CLS] . e(word), as the SMP paper writes it")
+    train_set = load_dataset(task, "train", tokenizer, s.max_length, s.data_dir)
+    dev_sets = load_dev(task, tokenizer, s.max_length, s.data_dir)
+    steps_per_epoch = math.ceil(len(train_set) / s.batch_size)
+    total_steps = s.max_steps or s.epochs * steps_per_epoch
+    eval_every = s.eval_every or steps_per_epoch
+    model.to(device)
+    method = Method(model, s, total_steps)
+    teacher = load_teacher(s, task, tokenizer, train_set, dev_sets, device, dtype, log) if s.teacher else None
+    optimizer = torch.optim.AdamW(method.groups(), fused=device.type in ("cpu", "cuda"))
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
+    net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+
+    # progress: what a checkpoint remembers besides tensors
+    progress = {"step": 0, "best": None, "seconds": 0.0, "eval_seconds": 0.0, "loss_sum": 0.0, "loss_steps": 0}
+    if resume and (out / "checkpoint.safetensors").exists():
+        progress = load_checkpoint(out / "checkpoint.safetensors", model, optimizer)
+        scaler.load_state_dict(progress["scaler"])
+        log.say(f"resumed {out} at step {progress['step']}")
+    elif rank == 0:
+        about = {"settings": asdict(s), "labels": list(task.labels), "outputs": outputs, "words": words}
+        about |= {"command": command, "git_commit": git_commit(), "model_sha256": model_sha256(source)}
+        about |= {"dtype": dtype, "device": str(device), "world_size": world, "threads": torch.get_num_threads()}
+        versions = {m.__name__: m.__version__ for m in (torch, np, tokenizers, safetensors)}
+        about |= {"versions": versions | {"python": platform.python_version()}, "platform": platform.platform()}
+        out.mkdir(parents=True, exist_ok=True)
+        atomic_write(out / "config.json", json.dumps(about, indent=2) + "\n")
+    log.cut(progress["step"])
+    method.update(progress["step"])
+    log.say(
+        f"{s.method} on {task.name}: {len(train_set):,} examples, {total_steps:,} steps of {s.batch_size}, "
+        f"{sum(p.numel() for g in optimizer.param_groups for p in g['params']):,} trained values, {device} {dtype}"
+    )
+
+    def check_finite():
+        if math.isfinite(float(bad_step)):
+            raise UserError(
+                f"the loss or its gradient became NaN or infinite at step {int(bad_step)}; stopped. {out} keeps the "
+                "last good checkpoint, if any; try a lower --lr or --score-lr, or --dtype fp32"
+            )
+
+    def checkpoint(step):
+        check_finite()
+        progress["step"], progress["seconds"] = step, seconds_before + time.perf_counter() - started
+        progress["loss_sum"], progress["scaler"] = float(loss_sum), scaler.state_dict()
+        if rank == 0:
+            save_checkpoint(out / "checkpoint.safetensors", model, optimizer, progress)
+
+    def save(folder):
+        if rank == 0:
+            save_model(folder, model, baked_state(model), source, task.labels)
+
+    stop = []  # the signal that asked us to stop: the step is finished and a checkpoint written first
+    handlers = {}
+    if rank == 0:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
+
+    loss_sum = torch.tensor(progress["loss_sum"], device=device)
+    bad_step = torch.tensor(math.inf, device=device)
+    started, seconds_before = time.perf_counter(), progress["seconds"]
+    logged_at, logged_step, order, order_epoch = started, progress["step"], None, None
+    metrics = None
+    model.train()
+    for step in range(progress["step"], total_steps):
+        epoch, place = divmod(step, steps_per_epoch)
+        if order_epoch != epoch:
+            order, order_epoch = batches(train_set.lengths, s.batch_size, s.seed, epoch), epoch
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * lr_at(step, total_steps, s.warmup)
+        torch.manual_seed((s.seed * 1_000_003 + step) * 1024 + rank)
+
+        batch = order[place]
+        mine = batch[rank::world]
+        share = len(mine) / len(batch)  # 0 on a rank that gets nothing of a short batch, but must take part
+        parts = np.array_split(mine if len(mine) else batch[:1], min(s.grad_accum, max(len(mine), 1)))
+        for i, part in enumerate(parts):
+            data = collate(train_set, part)
+            with autocast(device, dtype):
+                logits = net(**inputs(data, device))  # (B, K)
+            labels = data["labels"].to(device, non_blocking=True)
+            losses = task_loss(logits, labels, task.low, task.high)  # (B,)
+            if teacher is not None:
+                rows = teacher[torch.from_numpy(part).to(device, non_blocking=True)]
+                if task.regression:
+                    losses = 0.5 * losses + 0.5 * task_loss(logits, rows, task.low, task.high)
+                else:
+                    losses = distill(losses, logits, rows)
+            # mean over the global batch; DistributedDataParallel averages over ranks, hence `world`
+            loss = losses.sum() * ((world if share else 0) / len(batch))
+            with net.no_sync() if world > 1 and i < len(parts) - 1 else contextlib.nullcontext():
+                scaler.scale(loss).backward()
+            loss_sum += loss.detach() / world
+        scaler.unscale_(optimizer)
+        regulariser = method.penalise(step)
+        norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], s.clip)
+        finite = torch.isfinite(loss if dtype == "fp16" else loss + norm)  # fp16: the scaler skips infinite gradients
+        bad_step = torch.where(finite, bad_step, bad_step.clamp(max=step))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        method.update(step)  # for the next step and for evaluation alike
+        progress["loss_steps"] += 1
+
+        if step % s.log_every == 0 or step == total_steps:
+            check_finite()
+            if world > 1:
+                dist.all_reduce(loss_sum)
+            value, now = float(loss_sum) / progress["loss_steps"], time.perf_counter()
+            speed = s.batch_size * (step - logged_step) / (now - logged_at)
+            lr = max(group["lr"] for group in optimizer.param_groups)
+            row = {"step": step, "loss": value, "regulariser": float(regulariser), "density": method.achieved()}
+            log.row(**row, lr=lr, examples_per_second=round(speed, 1))
+            left = (total_steps - step) * s.batch_size / speed
+            log.say(
+                f"{100 * step / total_steps:5.1f}%  step {step}/{total_steps}  loss {value:.4f}  density "
+                f"{row['density']:.4f}  lr {lr:.1e}  {speed:.0f} examples/s  {left / 60:.1f} min left",
+                over=True,
+            )
+            loss_sum.zero_()
+            progress["loss_steps"], logged_at, logged_step = 0, now, step
+        if step % eval_every == 0 or step == total_steps:
+            check_finite()
+            eval_started = time.perf_counter()
+            metrics = evaluate(model, task, dev_sets, device, dtype)
+            log.row(step=step, density=method.achieved(), metrics=metrics)
+            log.say(f"{100 * step / total_steps:5.1f}%  step {step}/{total_steps}  dev: {show(metrics)}")
+            main = task.metrics[0]
+            if method.density(step) == method.density(total_steps):  # at the final density only
+                if progress["best"] is None or metrics[main] > progress["best"]["metrics"][main]:
+                    progress["best"] = {"metrics": metrics, "step": step}
+                    save(out / "best")
+            spent = time.perf_counter() - eval_started
+            progress["metrics"] = metrics
+            progress["eval_seconds"] += spent
+            logged_at += spent
+            checkpoint(step)
+        if stop:
+            checkpoint(step)
+            raise KeyboardInterrupt(stop[0])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+    seconds = seconds_before + time.perf_counter() - started
+    save(out / "model")
+    result = {
+        "task": task.name,
+        "model": s.model,
+        "method": s.method,
+        "density": s.density,
+        "achieved_density": method.achieved(),
+        "metrics": progress["metrics"],
+        "best": progress["best"],
+        "seed": s.seed,
+        "steps": total_steps,
+        "epochs": round(total_steps / steps_per_epoch, 3),
+        "train_seconds": round(seconds, 2),
+        "examples_per_second": round(
+            total_steps * len(train_set) / steps_per_epoch / (seconds - progress["eval_seconds"]), 2
+        ),
+        "peak_memory_bytes": peak_memory(device),
+        "command": command,
+    }
+    if rank == 0:
+        scores = {name: tensor.cpu().contiguous() for name, tensor in method.scores().items()}
+        if scores:
+            atomic_write(out / "scores.safetensors", to_safetensors(scores, metadata={"format": "pt"}))
+        atomic_write(out / "result.json", json.dumps(result, indent=2) + "\n")
+    log.say(f"{out}: {show(result['metrics'])} at density {result['achieved_density']:.4f}, {seconds:.0f} s")
+    return result
+
+
+def resumed(given):
+    """The settings of the run in --out; a flag given now may not contradict them (device and data folder may)."""
+    path = Path(given["out"]) / "config.json"
+    saved = read_json(path).get("settings")
+    if not isinstance(saved, dict) or saved.keys() != {f.name for f in fields(Settings)}:
+        raise UserError(f"{path}: not the settings of a run of this version of train.py")
+    for name, value in given.items():
+        if name not in ("resume", "out", "device", "data_dir") and value != saved[name]:
+            flag_name = "--" + name.replace("_", "-")
+            raise UserError(f"--resume: {path} was started with {flag_name} {saved[name]}, not {value}")
+    return Settings(**saved | given)
+
+
+def demo(command):
+    """The embedded default: the same small pretrained BERT, once fine-tuned densely, once adapted by a mask alone."""
+    results = []
+    for method in ("dense", "smp-s"):
+        out = f"runs/demo-{method}"
+        if (Path(out) / "config.json").exists():  # of an earlier `python train.py`
+            shutil.rmtree(out)
+        results.append(train(settings_from({"method": method, "out": out}), command=command))
+        print()
+    print(f"{'method':8} {'density':>8} {'achieved':>9} {'dev accuracy':>13} {'seconds':>8}")
+    for r in results:
+        accuracy, seconds = 100 * r["metrics"]["accuracy"], r["train_seconds"]
+        print(f"{r['method']:8} {r['density']:8.2f} {r['achieved_density']:9.4f} {accuracy:13.2f} {seconds:8.1f}")
+    print("\nnext, a real one: python train.py --model google-bert/bert-base-uncased --task mrpc --method smp-s")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    command = shlex.join(["python", "train.py", *argv])
+    try:
+        given = parse(argv)
+        if not given:
+            demo(command)
+            return 0
+        resume = given.get("resume", False)
+        if resume and "out" not in given:
+            raise UserError("--resume: give the run folder with --out")
+        if resume and (Path(given["out"]) / "config.json").exists():
+            s = resumed(given)
+        else:
+            s = settings_from(given)
+            if Path(s.out).exists() and (not Path(s.out).is_dir() or any(Path(s.out).iterdir())):
+                raise UserError(f"--out {s.out}: not empty; add --resume to continue that run, or name another")
+        train(s, resume, command)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        print(f"\ninterrupted; continue with --resume --out {s.out}", file=sys.stderr)
+        return 128 + number
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
