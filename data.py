@@ -38,6 +38,17 @@ class UserError(Exception):
     """A mistake of the user's, in one line: main() prints it as `error: ...` and exits with status 2."""
 
 
+class Parser(argparse.ArgumentParser):
+    """Flags must be written out, and a wrong one is a UserError like any other."""
+
+    def __init__(self, description):
+        kind = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=kind, allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
 def atomic_write(path, data):
     """Write bytes or text so that `path` is at any moment either the old file or the new one, never half of one."""
     path = Path(path)
@@ -232,7 +243,7 @@ def download(source, path):
     except (OSError, http.client.HTTPException, ValueError) as error:
         if getattr(error, "code", None) == 416:  # range not satisfiable: what we have is part of another file
             part.unlink()
-        raise UserError(f"{url}: {error or type(error).__name__}; run again to resume, or put {path.name} into "
+        raise UserError(f"{url}: {str(error) or type(error).__name__}; run again to resume, or put {path.name} into "
                         f"{path.parent} yourself, or set GLUE_URL to a mirror") from None
     try:
         check_sha256(part, sha256, f"it came from {url} and is deleted; run again, or set GLUE_URL to a mirror")
@@ -507,12 +518,12 @@ def prepare(task, data_dir="data"):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="download, check and count the data of GLUE tasks")
+    parser = Parser("download, check and count the data of GLUE tasks")
     parser.add_argument("--task", nargs="+", default=[], metavar="TASK", help=" ".join(TASKS))
     parser.add_argument("--task-file", nargs="+", default=[], metavar="JSON", help="your own task, see read_task_file")
     parser.add_argument("--data-dir", default="data", help="where the official zips or folders of TSVs are or go")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         tasks = [get_task(name) for name in args.task] + [get_task(None, file) for file in args.task_file]
         if not tasks:
             raise UserError("nothing to do: give --task or --task-file")

@@ -1,21 +1,24 @@
 """Metrics, predictions and reports of finished runs.
 
-    python eval.py RUN                                     metrics on dev, density per layer and matrix type, size
-    python eval.py RUN --split test --predictions FILE     the GLUE leaderboard's form (MNLI: also --task ax)
-    python eval.py runs/*                                  one Markdown table over all runs
+    python eval.py RUN                                       metrics on dev, density per layer and matrix type, size
+    python eval.py RUN --split test --predictions CoLA.tsv   the GLUE leaderboard's form
+    python eval.py MNLI_RUN --task ax --predictions AX.tsv   the diagnostic set, through a run on MNLI
+    python eval.py runs/*                                    one Markdown table over all runs
 """
 
 import contextlib
+import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import UserError, collate, get_task, load_dataset, load_tokenizer
+from data import Parser, UserError, atomic_write, collate, get_task, load_dataset, load_tokenizer
 from model import load_model, read_json, to_score
-from prune import METHODS
+from prune import MATRICES, METHODS
 
 # ---------------------------------------------------------------------------------------------------------------------
 # metrics, by their GLUE names
@@ -153,3 +156,126 @@ def load_run(run, which="model"):
     head = METHODS[settings["method"]].head
     model = load_model(folder, head, config["outputs"], config["words"], new_head=False)
     return model, task, tokenizer, settings
+
+
+def density_table(model):
+    """Lines of a table: the share of non-zero weights of each layer and matrix type, as saved; and the counts."""
+    layers = model.bert.encoder["layer"]
+    weights = [[layer.get_submodule(name).weight for name in MATRICES.values()] for layer in layers]
+    kept = np.array([[int(w.count_nonzero()) for w in row] for row in weights])  # (L, 6)
+    sizes = np.array([[w.numel() for w in row] for row in weights])
+    lines = ["layer " + "".join(f"{letter:>8}" for letter in [*MATRICES, "all"])]
+    for name, k, n in [*zip(range(len(layers)), kept, sizes, strict=True), ("all", kept.sum(0), sizes.sum(0))]:
+        lines.append(f"{name:>5} " + "".join(f"{x:8.4f}" for x in [*(k / n), k.sum() / n.sum()]))
+    return lines, int(kept.sum()), int(sizes.sum())
+
+
+def report(run, which, device, data_dir):
+    """Print the metrics on dev, the density table and the sizes of one run."""
+    model, task, tokenizer, s = load_run(run, which)
+    dtype = read_json(Path(run) / "config.json")["dtype"]
+    metrics = evaluate(model.to(device), task, load_dev(task, tokenizer, s["max_length"], data_dir), device, dtype)
+    print(f"{run}: {s['method']} on {task.name}, {'last step' if which == 'model' else 'best checkpoint'}, {dtype}")
+    for name, value in metrics.items():
+        print(f"  {name:12} {100 * value:.2f}")
+    lines, kept, total = density_table(model)
+    print("density (non-zero weights over all, as saved)\n  " + "\n  ".join(lines))
+    everything = sum(p.numel() for p in model.parameters())
+    p = kept / total
+    bits = -sum(x * math.log2(x) for x in (p, 1 - p) if x)  # entropy of a mask, per weight
+    print("size")
+    print(f"  all parameters   {everything:12,}  {4 * everything / 1e6:8.2f} MB in fp32")
+    print(f"  encoder matrices {total:12,}  {4 * total / 1e6:8.2f} MB in fp32, zeros stored")
+    print(f"  kept of these    {kept:12,}  {2 * kept / 1e6:8.2f} MB in fp16, without their places")
+    print(f"  the mask alone                 {total / 8e6:8.2f} MB as bits, {bits * total / 8e6:.2f} MB at its entropy")
+
+
+def write_predictions(run, which, device, data_dir, split, path, task_name):
+    """A split's predictions as the GLUE leaderboard takes them: index<TAB>prediction, in the task's own spelling."""
+    model, task, tokenizer, s = load_run(run, which)
+    if task_name and task_name != task.name:
+        other = get_task(task_name)
+        if other.labels != task.labels or task.regression:
+            raise UserError(f"--task {task_name}: {run} was trained on {task.name}, whose labels differ")
+        task = other
+    if split not in task.files:
+        raise UserError(f"--split {split}: {task.name} has {', '.join(task.files)}")
+    dataset = load_dataset(task, split, tokenizer, s["max_length"], data_dir)
+    dtype = read_json(Path(run) / "config.json")["dtype"]
+    predicted = to_predictions(task, predict(model.to(device), dataset, device, dtype))
+    if task.regression:
+        cells = [f"{min(max(float(x), task.low), task.high):.3f}" for x in predicted]
+    else:
+        cells = [task.spelling[i] for i in predicted]
+    rows = "".join(f"{i}\t{cell}\n" for i, cell in enumerate(cells))
+    atomic_write(path, "index\tprediction\n" + rows)
+    print(f"{path}: {len(cells):,} predictions of {task.name} {split}")
+
+
+def table(runs):
+    """Markdown: one row per setting that differs in more than the seed; mean ± std over seeds, last step and best."""
+    groups = {}
+    for run in runs:
+        if not (Path(run) / "result.json").exists():
+            print(f"{run}: no result.json, left out", file=sys.stderr)
+            continue
+        result, config = read_json(Path(run) / "result.json"), read_json(Path(run) / "config.json")
+        settings = config["settings"]
+        setting = settings | dict.fromkeys(("seed", "out", "data_dir", "device", "resume", "log_every"))
+        setting["teacher"] = bool(settings["teacher"])  # each seed may have its own
+        order = (result["task"], result["method"] != "dense", result["method"], -result["density"])
+        groups.setdefault((order, json.dumps(setting, sort_keys=True)), []).append((result, settings))
+
+    def cell(rows):
+        texts = []
+        for name in rows[0]:
+            values = [100 * row[name] for row in rows]
+            spread = f" ± {np.std(values, ddof=1):.1f}" if len(rows) > 1 else ""
+            texts.append(f"{name} {np.mean(values):.1f}{spread}")
+        return ", ".join(texts)
+
+    print("| task | method | density | achieved | seeds | epochs | last step | best on dev | minutes |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for _, members in sorted(groups.items()):
+        results, settings = [r for r, _ in members], members[0][1]
+        r = results[0]
+        extra = " + teacher" if settings["teacher"] else ""
+        extra += " (logit)" if settings["regression"] == "logit" else ""
+        achieved = np.mean([r["achieved_density"] for r in results])
+        minutes = np.mean([r["train_seconds"] for r in results]) / 60
+        print(
+            f"| {r['task']} | {r['method']}{extra} | {r['density']:g} | {achieved:.4f} | {len(results)} | "
+            f"{r['epochs']:g} | {cell([r['metrics'] for r in results])} | "
+            f"{cell([r['best']['metrics'] for r in results])} | {minutes:.1f} |"
+        )
+
+
+def main(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder of train.py; several: a table")
+    parser.add_argument("--best", action="store_true", help="the best checkpoint on dev instead of the last step")
+    parser.add_argument("--predictions", metavar="FILE", help="write a split's predictions in the leaderboard's form")
+    parser.add_argument("--split", default="test", help="split to predict: dev, test, dev_mm, test_mm (default: test)")
+    parser.add_argument("--task", help="predict another task of the same labels: ax through a run on mnli")
+    parser.add_argument("--data-dir", default="data", help="folder of the GLUE files (default: data)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    try:
+        args = parser.parse_args(argv)
+        which = "best" if args.best else "model"
+        if args.predictions and len(args.runs) > 1:
+            raise UserError("--predictions: give one run")
+        device = pick_device(args.device)
+        if args.predictions:
+            write_predictions(args.runs[0], which, device, args.data_dir, args.split, Path(args.predictions), args.task)
+        elif len(args.runs) > 1:
+            table(args.runs)
+        else:
+            report(args.runs[0], which, device, args.data_dir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

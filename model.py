@@ -147,8 +147,8 @@ class MLMHead(nn.Module):
 class Bert(nn.Module):
     """The encoder with a head: `head="classifier"` (pooler and a new linear layer) or `head="words"` (SMP, sec. 3).
 
-    forward: (B, T) inputs -> (B, K) logits, float32 whatever autocast does. The head "words" adds no weight: it reads at position 0 the logits
-    of the label words from the MLM head or, where the checkpoint has none, h_[CLS] . e(word).
+    forward: (B, T) inputs -> (B, K) logits, float32 whatever autocast does. The head "words" adds no weight: it reads
+    at position 0 the logits of the label words from the MLM head or, where there is none, h_[CLS] . e(word).
     """
 
     def __init__(self, config, head, outputs=0, words=(), pooler=True, mlm=True):
@@ -170,7 +170,7 @@ class Bert(nn.Module):
             logits = self.cls["predictions"](first, self.bert.embeddings.word_embeddings.weight, self.words)  # (B, K)
         else:
             logits = F.linear(first, self.bert.embeddings.word_embeddings.weight[self.words])  # (B, K)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))  # out of autocast's half precision
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def mlm_logits(self, input_ids, attention_mask, token_type_ids):
         """(B, T, V) logits of every word at every position: the pretraining task."""

@@ -272,8 +272,9 @@ class SMPShared(SMPLocal):
     """
 
     def shares(self, density):
-        # in float64: the order of summation, hence the number of threads, cannot move a count
-        r = [torch.sigmoid(m.scores / self.settings.temperature_s).mean(dtype=torch.float64) for m in self.linears]
+        # in float64 (which MPS lacks): the order of summation, hence the number of threads, cannot move a count
+        wide = torch.float32 if self.linears[0].scores.is_mps else torch.float64
+        r = [torch.sigmoid(m.scores / self.settings.temperature_s).mean(dtype=wide) for m in self.linears]
         r = torch.stack(r).view(len(MATRICES), -1)  # (6, L)
         shares = share_out(r, density, self.settings.redistribute).flatten()  # (6L,), as self.linears
         return shares.tolist() if shares.is_cpu else shares

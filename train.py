@@ -32,7 +32,18 @@ import torch.distributed as dist
 from safetensors.torch import save as to_safetensors
 from torch.nn.parallel import DistributedDataParallel
 
-from data import TASKS, UserError, atomic_write, batches, collate, get_task, load_dataset, load_tokenizer, word_ids
+from data import (
+    TASKS,
+    Parser,
+    UserError,
+    atomic_write,
+    batches,
+    collate,
+    get_task,
+    load_dataset,
+    load_tokenizer,
+    word_ids,
+)
 from eval import autocast, evaluate, inputs, load_dev, load_run, pick_device, predict
 from model import (
     find_model,
@@ -64,7 +75,7 @@ class Settings:
     task: str = flag("demo", f"one of {' '.join(name for name in TASKS if name != 'ax')}")
     task_file: str = flag(None, "your own task: a JSON file (see README)")
     method: str = flag("smp-s", "how to prune", choices=tuple(METHODS))
-    density: float = flag(0.1, "fraction of the encoder's matrices kept at the end; dense keeps all")
+    density: float = flag(None, "fraction of the encoder's matrices kept at the end (recipe: 0.1, SMP; dense 1)")
     out: str = flag(None, "run folder; default runs/TASK-METHOD-DENSITY-sSEED")
     resume: bool = flag(False, "continue the run in --out, bit-exactly, from its last checkpoint")
 
@@ -104,9 +115,9 @@ class Settings:
 
 # The published recipes, by method and then by task ("*": every other). SMP: released run scripts. Dense: Devlin et al.,
 # A.3 (batch 32, 3e-5, 3 epochs) and five epochs for the small tasks, as in the GLUE examples of `transformers`.
-_COMMON = {"max_length": 128, "dropout": 0.1, "lr": 3e-5, "weight_decay": 0.01, "warmup": 0.1}
-_DENSE = _COMMON | {"epochs": 3, "batch_size": 32}
-_SMP = _COMMON | {"epochs": 60, "batch_size": 32, "warmup": 0.0, "score_lr": 2e-2, "reg_lambda": 400.0}
+_COMMON = {"max_length": 128, "dropout": 0.1, "lr": 3e-5, "weight_decay": 0.01, "score_lr": 2e-2, "reg_lambda": 400.0}
+_DENSE = _COMMON | {"density": 1.0, "epochs": 3, "batch_size": 32, "warmup": 0.1}
+_SMP = _COMMON | {"density": 0.1, "epochs": 60, "batch_size": 32, "warmup": 0.0}
 _SMP_BIG = _SMP | {"epochs": 12, "batch_size": 64}
 _SMP_TASKS = {"*": _SMP, "rte": _SMP | {"epochs": 100}} | {t: _SMP_BIG for t in ("mnli", "qnli", "qqp", "sst2")}
 RECIPES = {
@@ -119,16 +130,17 @@ RECIPES = {
 def recipe(s):
     """The published value of each setting left open, for this method, task and density."""
     values = dict(RECIPES[s.method].get(s.task, RECIPES[s.method]["*"]))
+    density = values["density"] if s.density is None else s.density
     # N / T on MNLI: 43,632, 5,250 and 3,500 of 73,632 steps at density 0.5 and below, 0.7 and 0.8 (SMP code).
-    values.setdefault("ramp", 0.593 if s.density <= 0.5 else 0.071 if s.density <= 0.7 else 0.048)
-    mnli_half = s.task == "mnli" and s.density == 0.5 and not s.teacher
-    values.setdefault("temperature_s", 4.0 if s.density >= 0.7 else 3.0 if mnli_half else 1.0)
-    return {"score_lr": 0.0, "reg_lambda": 0.0} | values
+    values.setdefault("ramp", 0.593 if density <= 0.5 else 0.071 if density <= 0.7 else 0.048)
+    mnli_half = s.task == "mnli" and density == 0.5 and not s.teacher
+    values.setdefault("temperature_s", 4.0 if density >= 0.7 else 3.0 if mnli_half else 1.0)
+    return values
 
 
 def parse(argv):
-    """Settings from flags; an unknown flag ends with status 2. Returns also the names of the flags given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """{setting: value} of the flags given; UserError for an unknown one."""
+    parser = Parser(__doc__)
     group = parser
     for f in fields(Settings):
         if f.metadata["group"]:
@@ -145,9 +157,9 @@ def parse(argv):
 def settings_from(given):
     """Settings with the recipe filled in and every value checked; UserError names the flag."""
     s = Settings(**given)
-    if s.method == "dense":
-        s.density = 1.0
     s.task = get_task(s.task, s.task_file).name  # also: no such task
+    if s.method == "dense" and s.density not in (None, 1.0):
+        raise UserError(f"--density {s.density}: dense keeps every weight; choose another --method")
     for name, value in recipe(s).items():
         if getattr(s, name) is None:
             setattr(s, name, value)
@@ -279,6 +291,8 @@ def train(s, resume=False, command=""):
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if rank > 0:
+        dist.barrier()  # rank 0 downloads, unzips and tokenises; the others find it done
     dtype = s.dtype
     if dtype == "auto":
         dtype = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
@@ -303,6 +317,8 @@ def train(s, resume=False, command=""):
         log.say(f"{s.model} has no MLM head: classes are read as h_[CLS] . e(word), as the SMP paper writes it")
     train_set = load_dataset(task, "train", tokenizer, s.max_length, s.data_dir)
     dev_sets = load_dev(task, tokenizer, s.max_length, s.data_dir)
+    if rank == 0 and world > 1:
+        dist.barrier()
     steps_per_epoch = math.ceil(len(train_set) / s.batch_size)
     total_steps = s.max_steps or s.epochs * steps_per_epoch
     eval_every = s.eval_every or steps_per_epoch
@@ -482,8 +498,7 @@ def resumed(given):
         raise UserError(f"{path}: not the settings of a run of this version of train.py")
     for name, value in given.items():
         if name not in ("resume", "out", "device", "data_dir") and value != saved[name]:
-            flag_name = "--" + name.replace("_", "-")
-            raise UserError(f"--resume: {path} was started with {flag_name} {saved[name]}, not {value}")
+            raise UserError(f"--{name.replace('_', '-')} {value}: {path} was started with {saved[name]}")
     return Settings(**saved | given)
 
 
@@ -518,15 +533,16 @@ def main(argv=None):
             s = resumed(given)
         else:
             s = settings_from(given)
-            if Path(s.out).exists() and (not Path(s.out).is_dir() or any(Path(s.out).iterdir())):
-                raise UserError(f"--out {s.out}: not empty; add --resume to continue that run, or name another")
+            if os.environ.get("RANK", "0") == "0" and os.path.exists(s.out):
+                if not Path(s.out).is_dir() or any(Path(s.out).iterdir()):
+                    raise UserError(f"--out {s.out}: not empty; add --resume to continue that run, or name another")
         train(s, resume, command)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT
-        print(f"\ninterrupted; continue with --resume --out {s.out}", file=sys.stderr)
+        print("\ninterrupted; the same command with --resume (and --out) continues the run", file=sys.stderr)
         return 128 + number
     finally:
         if dist.is_initialized():

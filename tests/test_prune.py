@@ -1,0 +1,231 @@
+"""Properties of prune.py: exact selection, straight-through gradients, shares, schedules."""
+
+import ast
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import prune
+from model import Bert, BertConfig, load_model
+from prune import METHODS, MaskedLinear, density_at, distill, penalty_at, share_out, top_k_mask
+
+TINY = Path(__file__).parent / "golden" / "tiny-bert"
+SETTINGS = {"density": 0.1, "ramp": 0.5, "reg_lambda": 400.0, "temperature_s": 1.0, "redistribute": True}
+SETTINGS |= {"score_lr": 2e-2, "lr": 1e-3, "weight_decay": 0.01}
+
+
+def make(method, **changes):
+    model = load_model(TINY, METHODS[method].head, outputs=3, words=[5, 6, 7])
+    return model, METHODS[method](model, SimpleNamespace(**SETTINGS | changes), total_steps=20)
+
+
+def cases():
+    rng = np.random.default_rng(0)
+    for i in range(200):
+        shape = (int(rng.integers(1, 70)), int(rng.integers(1, 70)))
+        values = rng.normal(size=shape).astype(np.float32)
+        kind = i % 5
+        if kind == 1:
+            values = np.round(values)  # heavy ties, zeros of both signs
+        elif kind == 2:
+            values = np.full(shape, values[0, 0])  # all equal
+        elif kind == 3:
+            values = np.where(values > 0.5, np.float32(0.02), np.float32(-0.02))  # two plateaus
+        elif kind == 4:
+            values = values * np.float32(1e-30) ** rng.integers(0, 2, size=shape)  # many scales, denormals
+        yield values.astype(np.float32), int(rng.integers(0, values.size + 1))
+
+
+def test_top_k_is_exact_under_any_ties():
+    """Exactly k, the largest, among equals the first: what a stable descending sort keeps."""
+    for values, k in cases():
+        flat = torch.from_numpy(values).flatten()
+        expected = torch.zeros(flat.numel(), dtype=torch.bool)
+        expected[flat.sort(descending=True, stable=True).indices[:k]] = True
+        assert torch.equal(top_k_mask(torch.from_numpy(values), k).flatten(), expected)
+        if k:
+            threshold = flat.sort(descending=True).values[k - 1]
+            assert prune.kth_largest_on_device(flat, torch.tensor(k)) == threshold
+            assert prune.kth_largest(flat.numpy(), k) == threshold
+
+
+def test_the_device_path_selects_the_same(monkeypatch):
+    """The branch that an accelerator takes, run here on the CPU: no count leaves the device, the mask is the same."""
+    tensor_is_cpu = property(lambda self: False)
+    for values, k in cases():
+        scores = torch.from_numpy(values)
+        expected = top_k_mask(scores, k)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "is_cpu", tensor_is_cpu)
+            assert torch.equal(top_k_mask(scores, torch.tensor(k)), expected)
+
+
+def test_sampled_bracket_survives_adversarial_order():
+    """Sorted, periodic and spiked arrays, where a strided sample misleads: the answer stays exact."""
+    n = 200_000
+    ramp = np.arange(n, dtype=np.float32)
+    spiked = np.zeros(n, np.float32)
+    spiked[1::61] = 1.0  # exactly the stride of the sample, off by one
+    for values in (ramp, -ramp, ramp % 61, spiked, np.roll(spiked, -1)):
+        ordered = np.sort(values)[::-1]
+        for k in (1, 2, 1000, n // 2, n - 1, n):
+            assert prune.kth_largest(values, k) == ordered[k - 1]
+
+
+def test_exact_k_from_all_zero_scores():
+    """Scores start at 0 everywhere, all ties: the mask still keeps int(v * numel) of each matrix, the same each time."""
+    for method in ("smp-l", "smp-s"):
+        model, m = make(method)
+        for linear in m.linears:
+            assert not linear.scores.any()
+        for _ in range(2):
+            m.update(20)
+            for linear in m.linears:
+                assert int(linear.mask.sum()) == int(0.1 * linear.mask.numel())
+                k = int(linear.mask.sum())
+                assert linear.mask.flatten()[:k].all()  # the first in row-major order
+
+
+def test_straight_through():
+    """y = x (W*M)^T; dL/dS = dL/dW' * W also where the mask is 0; no gradient for the frozen weight."""
+    torch.manual_seed(0)
+    linear = nn.Linear(16, 24)
+    linear.weight.requires_grad_(False)
+    masked = MaskedLinear(linear)
+    masked.mask.copy_(torch.rand(24, 16) < 0.3)
+    x, grad_y = torch.randn(8, 16, requires_grad=True), torch.randn(8, 24)
+    y = masked(x)
+    y.backward(grad_y)
+    used = linear.weight * masked.mask
+    assert torch.equal(y, F.linear(x, used, linear.bias))
+    assert torch.equal(masked.scores.grad, grad_y.T @ x.detach() * linear.weight)
+    assert torch.allclose(x.grad, grad_y @ used)
+    assert masked.scores.grad[~masked.mask].abs().min() > 0
+    assert linear.weight.grad is None
+
+
+def test_penalty_gradient_is_autograds():
+    model, m = make("smp-s")
+    for linear in m.linears:
+        nn.init.normal_(linear.scores)
+        linear.scores.grad = torch.zeros_like(linear.scores)
+    value = m.penalise(7)
+    by_hand = [linear.scores.grad.clone() for linear in m.linears]
+    r = torch.stack([torch.sigmoid(linear.scores).mean() for linear in m.linears]).mean()
+    automatic = torch.autograd.grad(penalty_at(7, 400.0, 20) * r, [linear.scores for linear in m.linears])
+    assert torch.allclose(value, r)
+    for ours, theirs in zip(by_hand, automatic, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-9)
+
+
+def test_schedules():
+    density = [density_at(t, 0.1, 60) for t in range(101)]
+    assert density[0] == 1.0 and density[60] == density[100] == 0.1
+    assert all(a > b for a, b in zip(density[:60], density[1:61], strict=True))
+    assert density[30] == pytest.approx(0.1 + 0.9 / 8)  # half-way, an eighth of the way left
+    penalty = [penalty_at(t, 400.0, 100) for t in range(101)]
+    assert penalty[0] == 0 and penalty[100] == 400 and penalty == sorted(penalty)
+
+
+def test_shares_reach_the_density_asked_for():
+    """Capped at 1, proportional to r below the cap, and their mean is the density; the release's fall short."""
+    rng = np.random.default_rng(0)
+    short = 0
+    for _ in range(200):
+        r = torch.from_numpy(rng.uniform(0.01, 1, size=(6, int(rng.integers(1, 13)))) ** rng.integers(1, 6))
+        density = float(rng.uniform(0.02, 1))
+        shares = share_out(r, density)
+        assert shares.max() <= 1 and torch.allclose(shares.mean(dim=1), torch.tensor(density, dtype=r.dtype))
+        for row, share in zip(r, shares, strict=True):
+            below = share < 1 - 1e-12
+            ratio = share[below] / row[below]
+            assert torch.allclose(ratio, ratio[:1].expand_as(ratio))
+            assert below.sum() == 0 or share[~below].numel() == 0 or row[~below].min() >= row[below].max()
+        released = share_out(r, density, redistribute=False)
+        assert torch.allclose(released, (density * r / r.mean(dim=1, keepdim=True)).clamp(max=1))
+        short += bool(released.mean() < density - 1e-6)
+    assert short > 50  # the case is not rare
+
+
+def test_threads_do_not_move_a_count():
+    """Matrices large enough for torch to split the sums among threads, which then round differently in float32."""
+    model = Bert(BertConfig(vocab_size=9, hidden_size=240, num_hidden_layers=2, intermediate_size=960), "words")
+    m = METHODS["smp-s"](model, SimpleNamespace(**SETTINGS), total_steps=20)
+    torch.manual_seed(0)
+    counts, before = [], torch.get_num_threads()
+    for linear in m.linears:
+        nn.init.normal_(linear.scores)
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            m.update(15)
+            counts.append([int(linear.mask.sum()) for linear in m.linears])
+    finally:
+        torch.set_num_threads(before)
+    assert counts[0] == counts[1] and len(set(counts[0])) > 4
+
+
+def test_what_is_masked_and_what_is_frozen():
+    """The six matrices of each layer and nothing else; scores are all that trains; masking twice is refused."""
+    model, m = make("smp-l")
+    names = {n for n, module in model.named_modules() if isinstance(module, MaskedLinear)}
+    assert names == {f"bert.encoder.layer.{i}.{name}" for i in range(3) for name in prune.MATRICES.values()}
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"{name}.scores" for name in names}
+    assert sum(p.numel() for g in m.groups() for p in g["params"]) == sum(x.weight.numel() for x in m.linears)
+    with pytest.raises(AssertionError):
+        prune.mask_layers(model.bert.encoder["layer"])
+
+
+def test_baked_forward_is_masked_forward():
+    """Bit for bit, in a model that knows no masks; baking what is baked changes nothing; zeros are zeros."""
+    model, m = make("smp-s")
+    for i, linear in enumerate(m.linears):
+        nn.init.normal_(linear.scores, mean=i / 9, generator=torch.Generator().manual_seed(i))
+    m.update(20)
+    state = prune.baked_state(model)
+    plain = load_model(TINY, "words", words=[5, 6, 7])
+    plain.load_state_dict(state)
+    data = np.load(TINY.parent / "batches.npz")
+    inputs = {k: torch.from_numpy(data[k][0]) for k in ("input_ids", "attention_mask", "token_type_ids")}
+    assert torch.equal(model.eval()(**inputs), plain.eval()(**inputs))
+    assert all(torch.equal(a, b) for a, b in zip(prune.baked_state(plain).values(), state.values(), strict=True))
+    names = [n.removesuffix("scores") + "weight" for n in m.scores() if n.endswith("scores")]
+    zeros = sum(int((state[name] == 0).sum()) for name in names)
+    assert 1 - zeros / sum(x.weight.numel() for x in m.linears) == pytest.approx(m.achieved())
+    assert abs(m.achieved() - 0.1) < 18 / sum(x.weight.numel() for x in m.linears)  # less than one weight a matrix
+
+
+def test_distillation():
+    """T^2 KL is 0 and flat at the teacher; at T = 2 its value is the textbook's; the task keeps half the loss."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3)
+    task = torch.rand(5)
+    p, q = F.softmax(teacher / 2, dim=1), F.softmax(student / 2, dim=1)
+    expected = 0.5 * task + 0.5 * 4 * (p * (p / q).log()).sum(dim=1)
+    assert torch.allclose(distill(task, student, teacher), expected, atol=1e-6)
+    same = copy.deepcopy(teacher).requires_grad_()
+    loss = distill(task, same, teacher)
+    assert torch.allclose(loss, 0.5 * task, atol=1e-6)
+    assert torch.autograd.grad(loss.sum(), same)[0].abs().max() < 1e-6
+
+
+def imports(name):
+    tree = ast.parse((Path(prune.__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
+    nodes = list(ast.walk(tree))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return {n.split(".")[0] for n in names | {n.module for n in nodes if isinstance(n, ast.ImportFrom)}}
+
+
+def test_data_flows_one_way():
+    ours = {"data", "model", "prune", "train", "eval"}
+    assert imports("data") & ours == set()
+    assert imports("model") & ours == {"data"}
+    assert imports("prune") & ours == set()
+    assert imports("eval") & ours == {"data", "model", "prune"}

@@ -1,0 +1,264 @@
+"""Properties of a run: reproducible, resumable, the same on two processes; its folder and its result."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import eval as evaluation
+import prune
+import train
+from model import read_checkpoint
+from train import lr_at
+
+ROOT = Path(train.__file__).parent
+RESULT = "task model method density achieved_density metrics best seed steps epochs train_seconds examples_per_second"
+RESULT = [*RESULT.split(), "peak_memory_bytes", "command"]
+
+
+def run(flags, out, *more):
+    """train.main in this process; the parsed result.json."""
+    assert train.main([*flags, "--out", str(out), *map(str, more)]) == 0
+    return json.loads((out / "result.json").read_text())
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def trained(out):
+    """What two runs must share, bit for bit: tensors, and the rows of the log without their timings."""
+    files = sorted(out.rglob("*.safetensors"))
+    tensors = {str(f.relative_to(out)): load_file(f) for f in files}
+    log = [{k: v for k, v in row.items() if k != "examples_per_second"} for row in rows(out)]
+    return tensors, log
+
+
+def same(a, b):
+    (ta, la), (tb, lb) = trained(a), trained(b)
+    assert la == lb and ta.keys() == tb.keys() and len(ta) >= 3
+    for name in ta:
+        assert ta[name].keys() == tb[name].keys()
+        for key in ta[name]:
+            assert torch.equal(ta[name][key], tb[name][key]), (name, key)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    for method in ("dense", "smp-s"):
+        run(tiny, folder / method, "--method", method)
+    return folder
+
+
+def test_run_folder(tiny, finished):
+    for method in ("dense", "smp-s"):
+        out = finished / method
+        result = json.loads((out / "result.json").read_text())
+        assert list(result) == RESULT
+        assert result["steps"] == 26 and result["epochs"] == 2 and result["task"] == "pairs"  # ceil(203 / 16) * 2
+        assert set(result["metrics"]) == {"accuracy", "f1"}
+        assert set(result["best"]) == {"metrics", "step"}
+        config = json.loads((out / "config.json").read_text())
+        assert config["settings"]["method"] == method and config["settings"]["epochs"] == 2
+        assert config["versions"]["torch"] == torch.__version__
+        log = rows(out)
+        assert [row["step"] for row in log if "loss" in row] == list(range(1, 27))
+        assert [row["step"] for row in log if "metrics" in row] == [13, 26]
+        assert log[-1]["metrics"] == result["metrics"]
+    n = sum(x.numel() for name, x in load_file(finished / "smp-s/scores.safetensors").items() if "mask" in name)
+    assert abs(result["achieved_density"] - 0.1) < 18 / n
+    assert next(row for row in log if "loss" in row)["density"] > 0.8
+
+
+def test_pretrained_weights_do_not_move(tiny, finished):
+    """Every saved weight of an SMP run is the pretrained one, bit for bit, or a masked exact zero."""
+    before, after = read_checkpoint(tiny[1]), read_checkpoint(finished / "smp-s" / "model")
+    scores = load_file(finished / "smp-s" / "scores.safetensors")
+    assert before.keys() == after.keys()
+    masked = 0
+    for name, tensor in before.items():
+        mask = scores.get(name.removesuffix("weight") + "mask")
+        masked += mask is not None
+        assert torch.equal(after[name], tensor if mask is None else tensor * mask)
+    assert masked == 18
+
+
+def test_same_seed_same_run(tiny, finished, tmp_path):
+    run(tiny, tmp_path / "again", "--method", "smp-s")
+    same(tmp_path / "again", finished / "smp-s")
+    run(tiny, tmp_path / "other", "--method", "smp-s", "--seed", 1)
+    a, b = (load_file(f / "scores.safetensors") for f in (tmp_path / "other", finished / "smp-s"))
+    assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("method", ["dense", "smp-s"])
+def test_killed_and_resumed_is_uninterrupted(tiny, finished, tmp_path, method):
+    """kill -9 at random moments, a torn log line, a stray temporary file: the same run in the end, bit for bit."""
+    out = tmp_path / "run"
+    flags = [*tiny, "--method", method, "--out", str(out)]
+    command = [sys.executable, str(ROOT / "train.py"), *flags, "--resume"]
+    moments = random.Random(method)
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
+    while not (out / "checkpoint.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(moments.uniform(0, 0.3))
+    process.kill()
+    process.wait()
+    with open(out / "metrics.jsonl", "a") as log:
+        log.write('{"step": 1')
+    shutil.copy(out / "checkpoint.safetensors", out / ".checkpoint.safetensors.1.tmp")
+    assert train.main([*flags, "--resume"]) == 0
+    (out / ".checkpoint.safetensors.1.tmp").unlink()
+    same(out, finished / method)
+
+
+def test_terminated_run_saves_first(tiny, finished, tmp_path, monkeypatch):
+    """SIGTERM in step 7: the step is finished, a checkpoint written, status 143; --resume needs no other flag."""
+    update = prune.SMPShared.update
+
+    def interrupt(self, step):
+        update(self, step)
+        if step == 7:
+            signal.raise_signal(signal.SIGTERM)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(prune.SMPShared, "update", interrupt)
+        assert train.main([*tiny, "--out", str(out)]) == 128 + signal.SIGTERM
+    assert rows(out)[-1]["step"] == 7 and not (out / "result.json").exists()
+    assert train.main(["--out", str(out), "--resume"]) == 0
+    same(out, finished / "smp-s")
+    assert train.main(["--out", str(out), "--resume"]) == 0  # of a finished run: the same result again
+    same(out, finished / "smp-s")
+
+
+def test_micro_batches_change_nothing(tiny, tmp_path):
+    """The gradient of a batch in three pieces is the batch's, short last batch included."""
+    flags = ("--dropout", 0, "--method", "dense", "--max-steps", 14)
+    run(tiny, tmp_path / "whole", *flags)
+    run(tiny, tmp_path / "pieces", *flags, "--grad-accum", 3)
+    a, b = ([row["loss"] for row in rows(tmp_path / out) if "loss" in row] for out in ("whole", "pieces"))
+    assert np.abs(np.array(a) - b).max() < 1e-5
+
+
+def test_two_processes_are_one(tiny, tmp_path):
+    """torchrun on two processes: the loss of one to 1e-5 over 50 steps, masks bit-identical on both ranks throughout."""
+    flags = [*tiny, "--method", "smp-s", "--dropout", "0", "--max-steps", "50", "--eval-every", "25"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASK_LOG": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
+    for n in (1, 2):
+        worker = [*torchrun, str(n), "--master-port", str(random.randint(20000, 60000)), __file__]
+        done = subprocess.run(
+            [*worker, *flags, "--out", str(tmp_path / str(n))], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    one, two = ([row["loss"] for row in rows(tmp_path / n) if "loss" in row] for n in "12")
+    assert len(one) == 50 and np.abs(np.array(one) - two).max() < 1e-5
+    masks = [(tmp_path / f"masks-2-{rank}").read_text().split() for rank in (0, 1)]
+    assert masks[0] == masks[1] and len(set(masks[0])) > 40 and len(masks[0]) == 51
+    one, two = (json.loads((tmp_path / n / "result.json").read_text()) for n in "12")
+    assert one["achieved_density"] == two["achieved_density"]
+
+
+def test_teacher(tiny, finished, tmp_path, capsys):
+    """Its logits are those of the saved model; the student learns half from it; its score is printed first."""
+    out = tmp_path / "student"
+    run(tiny, out, "--method", "smp-s", "--teacher", finished / "dense")
+    assert f"teacher {finished / 'dense'}: accuracy" in capsys.readouterr().out
+    plain, taught = rows(finished / "smp-s"), rows(out)
+    assert plain[0]["loss"] != taught[0]["loss"]
+
+
+def test_learning_rate():
+    factors = [lr_at(t, 100, 0.1) for t in range(100)]
+    assert factors[0] == 0 and factors[10] == 1 and factors[55] == pytest.approx(0.5) and factors[99] == 1 / 90
+    assert [lr_at(t, 40, 0.0) for t in range(40)] == [1 - t / 40 for t in range(40)]
+
+
+def test_recipes_are_the_published_ones():
+    def of(**given):
+        return train.settings_from(given)
+
+    s = of(task="mnli", method="smp-s", density=0.1)
+    assert (s.epochs, s.batch_size, s.score_lr, s.reg_lambda, s.max_length) == (12, 64, 2e-2, 400.0, 128)
+    steps = 73_632  # of MNLI: 12 epochs of 6,136
+    assert abs(s.ramp * steps - 43_632) < 50
+    assert abs(of(task="mnli", density=0.7).ramp * steps - 5_250) < 50
+    assert abs(of(task="mnli", density=0.8).ramp * steps - 3_500) < 50
+    assert (of(task="rte").epochs, of(task="mrpc").epochs, of(task="mrpc").batch_size) == (100, 60, 32)
+    temperatures = {0.03: 1, 0.5: 1, 0.7: 4, 0.8: 4}
+    assert {v: of(task="qqp", density=v).temperature_s for v in temperatures} == temperatures
+    assert of(task="mnli", density=0.5).temperature_s == 3
+    assert of(task="mnli", density=0.5, teacher="x").temperature_s == 1
+    assert of(task="cola", method="dense").density == 1 and of(task="cola", score_lr=0.5).score_lr == 0.5
+
+
+def test_evaluation_agrees_with_the_run(tiny, finished, capsys):
+    """The saved folder, read by code that knows no masks, scores what the run measured in training."""
+    for method in ("dense", "smp-s"):
+        result = json.loads((finished / method / "result.json").read_text())
+        model, task, tokenizer, s = evaluation.load_run(finished / method)
+        dev = evaluation.load_dev(task, tokenizer, s["max_length"], s["data_dir"])
+        assert evaluation.evaluate(model, task, dev, torch.device("cpu"), "fp32") == result["metrics"]
+        assert evaluation.main([str(finished / method), "--data-dir", s["data_dir"]]) == 0
+        assert f"accuracy     {100 * result['metrics']['accuracy']:.2f}" in capsys.readouterr().out
+
+
+def test_predictions_file(tiny, finished, tmp_path):
+    """index<TAB>prediction from 0 in file order, in the task's spelling, whatever the batching."""
+    path = tmp_path / "pairs.tsv"
+    s = json.loads((finished / "dense" / "config.json").read_text())["settings"]
+    flags = ["--predictions", str(path), "--split", "dev", "--data-dir", s["data_dir"]]
+    assert evaluation.main([str(finished / "dense"), *flags]) == 0
+    header, *lines = path.read_text().splitlines()
+    assert header == "index\tprediction" and [line.split("\t")[0] for line in lines] == [str(i) for i in range(60)]
+    truth = [line.split("\t")[2] for line in (Path(s["task_file"]).parent / "dev.tsv").read_text().splitlines()[1:]]
+    right = np.mean([line.split("\t")[1] == label for line, label in zip(lines, truth, strict=True)])
+    assert right == json.loads((finished / "dense" / "result.json").read_text())["metrics"]["accuracy"]
+
+
+def test_table_groups_seeds_and_nothing_else(tiny, finished, tmp_path, capsys):
+    """Two seeds make one row with mean ± std; another epoch count is another row."""
+    for seed in (0, 1):
+        run(tiny, tmp_path / f"s{seed}", "--method", "smp-l", "--epochs", 1, "--seed", seed)
+    capsys.readouterr()
+    runs = [str(tmp_path / "s0"), str(tmp_path / "s1"), str(finished / "smp-s"), str(finished / "dense")]
+    assert evaluation.main(runs) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert [row[1] for row in cells] == ["dense", "smp-l", "smp-s"] and [row[4] for row in cells] == ["1", "2", "1"]
+    scores = [100 * json.loads((Path(r) / "result.json").read_text())["metrics"]["accuracy"] for r in runs[:2]]
+    assert cells[1][6].startswith(f"accuracy {np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f}")
+
+
+def mask_log():
+    """The worker of test_two_processes_are_one: train.main, noting a hash of all masks after each update."""
+    update = prune.SMPShared.update
+    name = Path(os.environ["MASK_LOG"]) / f"masks-{os.environ['WORLD_SIZE']}-{os.environ['RANK']}"
+
+    def noted(self, step):
+        update(self, step)
+        bits = b"".join(linear.mask.numpy().tobytes() for linear in self.linears)
+        with open(name, "a") as log:
+            log.write(hashlib.sha256(bits).hexdigest() + "\n")
+
+    prune.SMPShared.update = noted
+    sys.exit(train.main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    mask_log()
