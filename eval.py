@@ -151,8 +151,11 @@ def load_run(run, which="model"):
         raise UserError(f"{run}: has no {which}/ yet; the run is not finished (continue it with --resume)")
     task = get_task(settings["task"], settings["task_file"])
     tokenizer = load_tokenizer(folder, read_json(folder / "config.json").get("vocab_size", 0))
-    if list(task.labels) != config["labels"]:
-        raise UserError(f"{run}: trained on labels {config['labels']}, but {task.name} has {list(task.labels)}")
+    if (settings["task"], config["labels"]) != (task.name, list(task.labels)):
+        raise UserError(
+            f"{run}: trained on {settings['task']} with labels {config['labels']}; "
+            f"its task file now describes {task.name} with labels {list(task.labels)}"
+        )
     head = METHODS[settings["method"]].head
     model = load_model(folder, head, config["outputs"], config["words"], new_head=False)
     return model, task, tokenizer, settings

@@ -11,7 +11,6 @@ Axes: B examples, T tokens, C hidden size, H heads, D = C/H, F feed-forward size
 
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -207,17 +206,22 @@ def find_model(name):
         return DEMO
     if Path(name).is_dir():
         return Path(name)
-    import huggingface_hub  # slow to import, and only needed here
+    import huggingface_hub as hub  # slow to import, and only needed here
 
     patterns = ["config.json", "*.safetensors", "model.safetensors.index.json", "vocab.txt", "tokenizer*.json"]
+    wanted = {"allow_patterns": patterns, "ignore_patterns": "*/*"}
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, etag_timeout=10))
+        hub.model_info(name, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT)  # snapshot_download would wait without end
+        folder = Path(hub.snapshot_download(name, **wanted))
     except Exception as error:  # the hub's many: no such id, no such network, gated, full disk
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"--model {name}: no such folder, and the Hugging Face hub did not give it ({type(error).__name__}: "
-            f"{reason}); give a folder with config.json, model.safetensors and tokenizer.json, or `demo`"
-        ) from None
+        try:
+            folder = Path(hub.snapshot_download(name, **wanted, local_files_only=True))
+        except Exception:
+            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            raise UserError(
+                f"--model {name}: no such folder, and the Hugging Face hub did not give it ({reason}); give a folder "
+                "with config.json, model.safetensors and tokenizer.json, or `demo`"
+            ) from None
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"--model {name}: the hub has no model.safetensors for it; {CONVERT.format(name=name)}")
     return folder
@@ -254,9 +258,10 @@ def read_config(folder):
     given = {}
     for field in fields(BertConfig):
         value = given[field.name] = raw.get(field.name, field.default)
-        whole = field.type is int
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not 0 <= value < 1e9:
-            raise UserError(f"{path}: {field.name} is {value!r}; expected a {'whole ' if whole else ''}number")
+        whole, most = field.type is int, 1 if field.name.endswith("prob") else 10**9
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not 0 <= value <= most:
+            kind = "whole number" if whole else "number"
+            raise UserError(f"{path}: {field.name} is {value!r}; expected a {kind} from 0 to {most:,}")
     config = BertConfig(**given)
     if config.hidden_size < 1 or config.num_hidden_layers < 1 or config.num_attention_heads < 1:
         raise UserError(f"{path}: hidden_size, num_hidden_layers and num_attention_heads must be at least 1")
@@ -285,10 +290,11 @@ def model_files(folder):
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     if index.exists():
-        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-        if not shards or any(Path(shard).name != shard for shard in shards):
+        shards = read_json(index).get("weight_map")
+        shards = list(shards.values()) if isinstance(shards, dict) else []
+        if not shards or any(not isinstance(shard, str) or Path(shard).name != shard for shard in shards):
             raise UserError(f"{index}: weight_map must name files of this folder")
-        return [folder / shard for shard in shards]
+        return [folder / shard for shard in sorted(set(shards))]
     if list(folder.glob("*.bin")):
         raise UserError(f"{folder}: no model.safetensors; {CONVERT.format(name=folder)}")
     raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
@@ -348,7 +354,7 @@ def load_model(folder, head, outputs=0, words=(), seed=0, dropout=None, new_head
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
     tensors = read_checkpoint(folder)
     mlm = head == "words" and any(name.startswith("cls.predictions.") for name in tensors)
-    pooler = any(name.startswith("bert.pooler.") for name in tensors)
+    pooler = not mlm and any(name.startswith("bert.pooler.") for name in tensors)  # BertForMaskedLM has none
     with torch.device("meta"):  # shapes only: nothing is drawn that the file then overwrites
         model = Bert(config, head, outputs, words, pooler, mlm)
     model.words = torch.tensor(words, dtype=torch.long)  # the one buffer that is in no file
@@ -400,5 +406,5 @@ def save_model(folder, model, state, source, labels):
     for path in source.glob("*"):
         if path.name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
             if path.resolve().parent != folder.resolve():
-                shutil.copyfile(path, folder / path.name)
+                atomic_write(folder / path.name, path.read_bytes())
 

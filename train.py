@@ -415,6 +415,8 @@ def train(s, resume=False, command=""):
         norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], s.clip)
         finite = torch.isfinite(loss if dtype == "fp16" else loss + norm)  # fp16: the scaler skips infinite gradients
         bad_step = torch.where(finite, bad_step, bad_step.clamp(max=step))
+        if device.type == "cpu":  # elsewhere reading it would wait for the device: when logging is soon enough
+            check_finite()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)

@@ -154,7 +154,7 @@ def test_shares_reach_the_density_asked_for():
 
 
 def test_threads_do_not_move_a_count():
-    """Matrices large enough for torch to split the sums among threads, which then round differently in float32."""
+    """Matrices large enough for torch to split a sum among threads, which in float32 would move its last bits."""
     model = Bert(BertConfig(vocab_size=9, hidden_size=240, num_hidden_layers=2, intermediate_size=960), "words")
     m = METHODS["smp-s"](model, SimpleNamespace(**SETTINGS), total_steps=20)
     torch.manual_seed(0)

@@ -1,0 +1,221 @@
+"""Bad input: one clear line on stderr, exit status 2, no traceback, nothing half-written."""
+
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+
+import eval as evaluation
+import train
+
+
+@pytest.fixture
+def case(tiny, tmp_path):
+    """A copy of the tiny model and task that a test may spoil, and its flags."""
+    source = Path(tiny[1]).parent
+    for name in ("train.tsv", "dev.tsv", "task.json"):
+        shutil.copy(source / name, tmp_path / name)
+    shutil.copytree(source / "model", tmp_path / "model")
+    flags = [flag.replace(str(source), str(tmp_path)) for flag in tiny]
+    return tmp_path, flags
+
+
+def refused(capsys, argv, *words, main=train.main):
+    """The command ends with status 2 and one line that holds all `words`; the line."""
+    capsys.readouterr()
+    assert main([str(flag) for flag in argv]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1 and len(line) < 600, line
+    for word in words:
+        assert str(word) in line, (word, line)
+    return line
+
+
+def edit(path, change):
+    """Rewrite a safetensors file, after `change` has had its way with the tensors."""
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+QUERY = "bert.encoder.layer.1.attention.self.query.weight"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--densty", "0.1"], ["--densty"]),
+        (["--dens", "0.1"], ["--dens"]),  # no abbreviations: a new flag must not change an old command
+        (["--task", "mrcp"], ["mrcp", "mrpc"]),
+        (["--method", "smp"], ["smp", "smp-s"]),
+        (["--density", "0"], ["--density", "above 0"]),
+        (["--density", "1.5"], ["--density", "1.5", "at most 1"]),
+        (["--density", "nan"], ["--density", "nan"]),
+        (["--density", "0.5", "--method", "dense"], ["--density", "dense"]),
+        (["--epochs", "0"], ["--epochs", "at least 1"]),
+        (["--epochs", "two"], ["--epochs", "two"]),
+        (["--ramp", "0"], ["--ramp"]),
+        (["--max-length", "33"], ["--max-length", "32"]),  # more than the model has positions
+        (["--resume"], ["--resume", "--out"]),
+    ],
+)
+def test_flags(case, capsys, flags, words):
+    folder, base = case
+    out = [] if flags == ["--resume"] else ["--out", folder / "out"]
+    base = [] if "--task" in flags else base
+    refused(capsys, [*base, *out, *flags], *words)
+    assert not (folder / "out").exists()
+
+
+def no_such_folder(folder):
+    shutil.rmtree(folder / "model")
+    return ["model"]
+
+
+def truncated(folder):
+    path = folder / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    return [path]
+
+
+def wrong_shape(folder):
+    edit(folder / "model" / "model.safetensors", lambda t: t.update({QUERY: torch.zeros(32, 31)}))
+    return [QUERY, "(32, 31)", "(32, 32)"]
+
+
+def missing_tensor(folder):
+    edit(folder / "model" / "model.safetensors", lambda t: t.pop(QUERY))
+    return [QUERY, "missing"]
+
+
+def pickled(folder):
+    (folder / "model" / "model.safetensors").rename(folder / "model" / "pytorch_model.bin")
+    return [folder / "model", "unpickling runs code", "save_pretrained"]
+
+
+def missing_column(folder):
+    path = folder / "train.tsv"
+    lines = path.read_text().split("\n")
+    lines[41] = "\t".join(lines[41].split("\t")[:2])
+    path.write_text("\n".join(lines))
+    return [f"{path}:42:", '"label" is missing']
+
+
+def unknown_label(folder):
+    path = folder / "dev.tsv"
+    lines = path.read_text().split("\n")
+    lines[8] = "\t".join([*lines[8].split("\t")[:2], "maybe"])
+    path.write_text("\n".join(lines))
+    return [f"{path}:9:", "maybe", "no or yes"]
+
+
+def large_tokenizer(folder):
+    path = folder / "model" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.add_tokens(["one", "more"])
+    tokenizer.save(str(path))
+    return [path, 121, 120]
+
+
+def long_label_word(folder):
+    path = folder / "task.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"words": ["no", "yes w1"]}))
+    return ["yes w1", "one token"]
+
+
+def unknown_label_word(folder):
+    path = folder / "task.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"words": ["no", "oui"]}))
+    return ["oui", "one token"]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [no_such_folder, truncated, wrong_shape, missing_tensor, pickled, missing_column, unknown_label, large_tokenizer]
+    + [long_label_word, unknown_label_word],
+)
+def test_files(case, capsys, monkeypatch, spoil):
+    folder, flags = case
+    words = spoil(folder)
+    monkeypatch.chdir(folder)
+    refused(capsys, [*flags, "--out", folder / "out"], *words)
+    assert not (folder / "out").exists()
+
+
+def test_unreachable_hub(case, capsys, monkeypatch):
+    import huggingface_hub.constants
+
+    with socket.socket() as closed:  # bound, not listening
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(case[0] / "hub"))
+        flags = [*case[1], "--model", "org/name", "--out", case[0] / "out"]
+        refused(capsys, flags, "org/name", "hub")
+    assert not (case[0] / "out").exists()
+
+
+def test_teacher_of_another_task_or_label_order(case, capsys):
+    folder, flags = case
+    assert train.main([*flags, "--method", "dense", "--max-steps", "1", "--out", str(folder / "teacher")]) == 0
+    path = folder / "task.json"
+    task = json.loads(path.read_text())
+    student = [*flags, "--teacher", folder / "teacher", "--out", folder / "out"]
+    path.write_text(json.dumps(task | {"labels": ["yes", "no"], "words": ["yes", "no"]}))
+    refused(capsys, student, "teacher", "['no', 'yes']", "['yes', 'no']")
+    path.write_text(json.dumps(task | {"name": "other"}))
+    refused(capsys, student, "teacher", "pairs", "other")
+    refused(capsys, [*flags, "--teacher", folder / "nobody", "--out", folder / "out"], "nobody")
+    assert not (folder / "out").exists()
+
+
+def test_out_holds_another_run(case, capsys):
+    folder, flags = case
+    out = folder / "out"
+    assert train.main([*flags, "--max-steps", "1", "--out", str(out)]) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    refused(capsys, [*flags, "--out", out], "out", "--resume")
+    refused(capsys, [*flags, "--out", out, "--resume", "--seed", "5"], "--seed 5", "started with 0")
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_damaged_checkpoint(case, capsys):
+    folder, flags = case
+    assert train.main([*flags, "--max-steps", "2", "--out", str(folder / "out")]) == 0
+    path = folder / "out" / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    refused(capsys, ["--out", folder / "out", "--resume"], path)
+
+
+def test_loss_turns_nan(case, capsys, monkeypatch):
+    """Stops, says the step, and the last good checkpoint stays: resumed without the cause, the run goes on from it."""
+    folder, flags = case
+    loss, calls = train.task_loss, []
+
+    def poisoned(*args):
+        calls.append(1)
+        return loss(*args) * (float("nan") if len(calls) == 6 else 1.0)
+
+    flags = [*flags, "--eval-every", "2", "--log-every", "100", "--max-steps", "9", "--out", folder / "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "task_loss", poisoned)
+        refused(capsys, flags, "step 5", folder / "out")
+    assert not (folder / "out" / "result.json").exists()
+    assert train.main(["--out", str(folder / "out"), "--resume"]) == 0
+    assert "resumed" in (said := capsys.readouterr().out) and "at step 4" in said
+
+
+def test_eval_refuses(case, capsys):
+    folder, flags = case
+    refused(capsys, [folder / "none"], "none", main=evaluation.main)
+    assert train.main([*flags, "--max-steps", "1", "--out", str(folder / "out")]) == 0
+    out = [folder / "out", "--predictions", folder / "p.tsv"]
+    refused(capsys, [*out, "--split", "test"], "test", "train, dev", main=evaluation.main)
+    refused(capsys, [*out, "--task", "ax"], "ax", "pairs", main=evaluation.main)
+    refused(capsys, [folder / "out", "--device", "tpu"], "tpu", main=evaluation.main)
+    assert not (folder / "p.tsv").exists()
