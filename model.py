@@ -407,4 +407,3 @@ def save_model(folder, model, state, source, labels):
         if path.name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
             if path.resolve().parent != folder.resolve():
                 atomic_write(folder / path.name, path.read_bytes())
-

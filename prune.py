@@ -74,39 +74,43 @@ def kth_largest(scores, k):
 
 
 def kth_largest_on_device(scores, k):
-    """The same for a tensor on an accelerator, `k` an integer tensor there: bisection on the bits, no host sync."""
+    """The same for each row of `scores` (L, n) with its own `k` (L, 1), both on an accelerator: (L, 1), no host sync.
+    Bisection on the bits: a float's bits, the negative ones turned round, are an integer in the same order."""
     keys = scores.view(torch.int32)
-    keys = torch.where(keys < 0, ~keys | torch.iinfo(torch.int32).min, keys)  # the order of integers = that of floats
-    keys = torch.where(scores == 0, 0, keys)  # -0.0 = 0.0
-    low = torch.where((keys >= 0).sum() >= k, 0, torch.iinfo(torch.int32).min)  # the sign bit, then the others
+    keys = torch.where(keys < 0, ~keys | torch.iinfo(torch.int32).min, keys)  # -0.0 becomes -1, just below 0.0
+    low = torch.where((keys >= 0).sum(1, keepdim=True) >= k, 0, torch.iinfo(torch.int32).min)  # the sign, then 31 bits
     for bit in range(30, -1, -1):
         middle = low + (1 << bit)
-        low = torch.where((keys >= middle).sum() >= k, middle, low)
-    return torch.where(keys == low, scores, -math.inf).max()
+        low = torch.where((keys >= middle).sum(1, keepdim=True) >= k, middle, low)
+    return torch.where(keys == low, scores, -math.inf).amax(1, keepdim=True)
+
+
+def top_k_masks(scores, k):
+    """For each of L matrices of one shape the bool mask of its k[l] largest scores: exactly so many under any ties,
+    among equals the first in row-major order. `k`: L numbers, rounded down, or a tensor of them on the device. NaN is
+    in no order and must not come here."""
+    if scores[0].is_cpu:
+        return [top_k_mask(s, int(number)) for s, number in zip(scores, k, strict=True)]
+    flat = torch.stack(list(scores)).detach().flatten(1)  # (L, out, in) -> (L, numel)
+    k = [x.long() if torch.is_tensor(x) else torch.full((), int(x), device=flat.device) for x in k]
+    k = torch.stack(k).unsqueeze(1)  # (L, 1)
+    threshold = kth_largest_on_device(flat, k.clamp(min=1))
+    masks, ties = flat > threshold, flat == threshold
+    masks |= ties & (ties.cumsum(1, dtype=torch.int32) <= k - masks.sum(1, keepdim=True))
+    return (masks & (k > 0)).unflatten(1, scores[0].shape).unbind()
 
 
 def top_k_mask(scores, k):
-    """Bool mask of the k largest scores, exactly k under any ties: among equals the first in row-major order is kept.
-
-    `k` is an int (or, on an accelerator, also an integer tensor there). NaN is not ordered and must not come here.
-    """
-    flat = scores.detach().reshape(-1)  # (numel,)
-    if flat.is_cpu:
-        k = int(k)
-        if k in (0, flat.numel()):
-            return torch.full_like(scores, bool(k), dtype=torch.bool)
-        flat = flat.numpy()
-        threshold = kth_largest(flat, k)
-        mask = flat >= threshold
-        surplus = np.count_nonzero(mask) - k
-        if surplus:
-            mask[np.flatnonzero(flat == threshold)[-surplus:]] = False
-        return torch.from_numpy(mask).view(scores.shape)
-    k = torch.as_tensor(k, device=flat.device)
-    threshold = kth_largest_on_device(flat, k.clamp(min=1))
-    mask, ties = flat > threshold, flat == threshold
-    mask |= ties & (ties.cumsum(0) <= k - mask.sum())
-    return (mask & (k > 0)).view(scores.shape)
+    """`top_k_masks` of one matrix on the CPU."""
+    if k in (0, scores.numel()):
+        return torch.full_like(scores, bool(k), dtype=torch.bool)
+    flat = scores.detach().numpy().reshape(-1)  # (out, in) -> (numel,)
+    threshold = kth_largest(flat, k)
+    mask = flat >= threshold
+    surplus = np.count_nonzero(mask) - k
+    if surplus:
+        mask[np.flatnonzero(flat == threshold)[-surplus:]] = False
+    return torch.from_numpy(mask).view(scores.shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,9 +240,11 @@ class SMPLocal(Dense):
 
     @torch.no_grad()
     def update(self, step):
-        for linear, share in zip(self.linears, self.shares(self.density(step)), strict=True):
-            k = share * linear.weight.numel()
-            linear.mask.copy_(top_k_mask(linear.scores, k.long() if isinstance(k, torch.Tensor) else int(k)))
+        shares = iter(self.shares(self.density(step)))
+        for column in self.masked.values():
+            k = [next(shares) * linear.weight.numel() for linear in column]
+            for linear, mask in zip(column, top_k_masks([m.scores for m in column], k), strict=True):
+                linear.mask.copy_(mask)
 
     @torch.no_grad()
     def penalise(self, step):

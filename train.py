@@ -14,7 +14,6 @@ import json
 import math
 import os
 import platform
-import resource
 import shlex
 import shutil
 import signal
@@ -62,55 +61,54 @@ from prune import METHODS, baked_state, distill
 # settings
 
 
-def flag(default, text, group=None, **more):
-    """A field of Settings that becomes a flag; `group` opens a new heading in --help."""
-    return field(default=default, metadata={"help": text, "group": group, **more})
+def flag(default, within, text, group=None):
+    """A field of Settings that becomes a flag. `within`: the interval of a number, or the choices of a word; `group`
+    opens a new heading in --help."""
+    return field(default=default, metadata={"within": within, "help": text, "group": group})
 
 
 @dataclass
 class Settings:
     """Everything a run depends on. None: taken from RECIPES for the method and task."""
 
-    model: str = flag("demo", "Hugging Face id, folder in Hugging Face's layout, or demo", "what to train")
-    task: str = flag("demo", f"one of {' '.join(name for name in TASKS if name != 'ax')}")
-    task_file: str = flag(None, "your own task: a JSON file (see README)")
-    method: str = flag("smp-s", "how to prune", choices=tuple(METHODS))
-    density: float = flag(None, "fraction of the encoder's matrices kept at the end (recipe: 0.1, SMP; dense 1)")
-    out: str = flag(None, "run folder; default runs/TASK-METHOD-DENSITY-sSEED")
-    resume: bool = flag(False, "continue the run in --out, bit-exactly, from its last checkpoint")
+    model: str = flag("demo", None, "Hugging Face id, folder in Hugging Face's layout, or demo", "what to train")
+    task: str = flag("demo", None, f"one of {' '.join(name for name in TASKS if name != 'ax')}")
+    task_file: str = flag(None, None, "your own task: a JSON file, see README")
+    method: str = flag("smp-s", tuple(METHODS), "how to prune")
+    density: float = flag(None, "(0, 1]", "fraction kept of the encoder's matrices; recipe 0.1 (SMP), dense 1")
+    out: str = flag(None, None, "run folder; default runs/TASK-METHOD-DENSITY-sSEED")
+    resume: bool = flag(False, None, "continue the run in --out, bit-exactly, from its last checkpoint")
 
-    data_dir: str = flag("data", "folder of the GLUE files; what is missing is downloaded there", "data")
-    max_length: int = flag(None, "tokens, [CLS] and [SEP] included; longer pairs are cut (recipe: 128, SMP code)")
+    data_dir: str = flag("data", None, "folder of the GLUE files; what is missing is downloaded there", "data")
+    max_length: int = flag(None, "[8, inf)", "tokens with [CLS] and [SEP]; longer pairs are cut; recipe 128 (SMP code)")
 
-    epochs: int = flag(None, "passes over the training set (recipe: by task)", "optimisation")
-    max_steps: int = flag(0, "optimizer steps of the whole run, in place of epochs; 0: by epochs")
-    batch_size: int = flag(None, "examples per optimizer step, over all devices and micro-batches (recipe: by task)")
-    grad_accum: int = flag(1, "micro-batches a batch is computed in: less memory, same result")
-    lr: float = flag(None, "peak learning rate of the weights (recipe: 3e-5, Devlin et al. A.3)")
-    warmup: float = flag(None, "fraction of the run in which lr rises (recipe: dense 0.1, Devlin et al. code; SMP 0)")
-    weight_decay: float = flag(None, "AdamW's, on matrices only (recipe: 0.01, Devlin et al. A.2)")
-    clip: float = flag(1.0, "largest gradient norm (SMP code, Devlin et al. code)")
-    dropout: float = flag(None, "hidden and attention dropout (recipe: 0.1, as the checkpoint was pretrained)")
-    seed: int = flag(0, "of the new head, the order of the data and dropout")
+    epochs: int = flag(None, "[1, inf)", "passes over the training set; recipe by task", "optimisation")
+    max_steps: int = flag(0, "[0, inf)", "optimizer steps of the whole run in place of epochs; 0: by epochs")
+    batch_size: int = flag(None, "[1, inf)", "examples per step, over all devices and micro-batches; recipe by task")
+    grad_accum: int = flag(1, "[1, inf)", "micro-batches a batch is computed in: less memory, same result")
+    lr: float = flag(None, "[0, inf)", "peak learning rate of the weights; recipe 3e-5 (Devlin et al. A.3)")
+    warmup: float = flag(None, "[0, 1]", "fraction of the run in which lr rises; recipe dense 0.1 (Devlin), SMP 0")
+    weight_decay: float = flag(None, "[0, inf)", "AdamW's, on matrices only; recipe 0.01 (Devlin et al. A.2)")
+    clip: float = flag(1.0, "(0, inf)", "largest gradient norm (SMP code; Devlin et al. code)")
+    dropout: float = flag(None, "[0, 1)", "probability, hidden and attention; recipe 0.1, as in pretraining")
+    seed: int = flag(0, "[0, 2147483647]", "of the new head, the order of the data and dropout")
 
-    score_lr: float = flag(None, "peak learning rate of the scores (recipe: 2e-2, SMP)", "pruning")
-    ramp: float = flag(None, "fraction of the run in which density falls (recipe: 0.593 to 0.048 by density, SMP code)")
-    reg_lambda: float = flag(None, "final weight of the regulariser (recipe: 400, SMP)")
-    temperature_s: float = flag(None, "temperature p of SMP-S's sigmoid (recipe: 1, 3 or 4 by density, SMP code)")
-    redistribute: bool = flag(True, "SMP-S: pass on what a full matrix cannot take; --no-redistribute: as released")
+    score_lr: float = flag(None, "[0, inf)", "peak learning rate of the scores; recipe 2e-2 (SMP)", "pruning")
+    ramp: float = flag(None, "(0, 1]", "fraction of the run in which density falls; recipe 0.593 to 0.048 (SMP code)")
+    reg_lambda: float = flag(None, "[0, inf)", "final weight of the regulariser; recipe 400 (SMP)")
+    temperature_s: float = flag(None, "(0, inf)", "p in SMP-S's sigmoid(S/p); recipe 1, 3 or 4 by density (SMP code)")
+    redistribute: bool = flag(True, None, "SMP-S: pass on what a full matrix cannot take; --no-...: as released")
     regression: str = flag(
         "interpolate",
-        'label-word head on a score task: p(yes) between "no" and "yes", or the published logit of "yes" under MSE',
-        choices=("interpolate", "logit"),
+        ("interpolate", "logit"),
+        'score tasks with label words: p(yes) against "no", or the published logit of "yes" under MSE',
     )
-    teacher: str = flag(None, "folder of a dense run of the same task to distil from (0.5 CE + 0.5 T^2 KL, T = 2)")
+    teacher: str = flag(None, None, "dense run of the same task to distil from: 0.5 CE + 0.5 T^2 KL, T = 2 (SMP code)")
 
-    eval_every: int = flag(0, "steps between evaluations, each with a checkpoint; 0: once per epoch", "running")
-    log_every: int = flag(50, "steps between log lines")
-    device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = flag(
-        "auto", "autocast type; auto: bf16 or fp16 on CUDA, else fp32", choices=("auto", "fp32", "bf16", "fp16")
-    )
+    eval_every: int = flag(0, "[0, inf)", "steps between evaluations, each with a checkpoint; 0: per epoch", "running")
+    log_every: int = flag(50, "[1, inf)", "steps between log lines")
+    device: str = flag("auto", ("auto", "cpu", "cuda", "mps"), "where to run")
+    dtype: str = flag("auto", ("auto", "fp32", "bf16", "fp16"), "autocast; auto: bf16 or fp16 on CUDA, else fp32")
 
 
 # The published recipes, by method and then by task ("*": every other). SMP: released run scripts. Dense: Devlin et al.,
@@ -138,6 +136,12 @@ def recipe(s):
     return values
 
 
+def inside(value, interval):
+    """Is the number in an interval written as mathematics does, "(0, 1]"? NaN and infinity are in none."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    return low < value < high or value == low and interval[0] == "[" or value == high and interval[-1] == "]"
+
+
 def parse(argv):
     """{setting: value} of the flags given; UserError for an unknown one."""
     parser = Parser(__doc__)
@@ -146,10 +150,11 @@ def parse(argv):
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
         name = "--" + f.name.replace("_", "-")
-        text = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
+        text = f.metadata["help"] + ("" if f.default is None else f"; default {f.default}")
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        choices = f.metadata.get("choices")
-        extra = {"choices": choices} if choices else {} if f.type is bool else {"metavar": f.type.__name__.upper()}
+        within = f.metadata["within"]
+        extra = {"choices": within} if isinstance(within, tuple) else {"metavar": within or "PATH"}
+        extra = {} if f.type is bool else extra
         group.add_argument(name, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind, **extra)
     return vars(parser.parse_args(argv))
 
@@ -165,20 +170,10 @@ def settings_from(given):
             setattr(s, name, value)
     if s.out is None:
         s.out = f"runs/{s.task}-{s.method}-{s.density:g}-s{s.seed}"
-    at_least = {"epochs": 1, "batch_size": 1, "max_length": 8, "grad_accum": 1, "log_every": 1, "max_steps": 0}
-    at_least |= {"eval_every": 0, "seed": 0, "lr": 0, "weight_decay": 0, "score_lr": 0, "reg_lambda": 0, "warmup": 0}
-    at_most = {"warmup": 1, "ramp": 1, "dropout": 0.9, "seed": 2**31 - 1}
-    above = {"density": 0, "clip": 0, "temperature_s": 0, "ramp": 0}
     for f in fields(Settings):
-        name, value = f.name, getattr(s, f.name)
-        if f.type not in (int, float):
-            continue
-        fits = math.isfinite(value) and at_least.get(name, value) <= value <= at_most.get(name, value)
-        if not fits or value <= above.get(name, -math.inf) or (name == "density" and value > 1):
-            bounds = [f"at least {at_least[name]}"] if name in at_least else []
-            bounds += [f"above {above[name]}"] if name in above else []
-            bounds += [f"at most {at_most.get(name, 1)}"] if name in at_most or name == "density" else []
-            raise UserError(f"--{name.replace('_', '-')} {value}: expected a number " + " and ".join(bounds))
+        value, within = getattr(s, f.name), f.metadata["within"]
+        if isinstance(within, str) and not inside(value, within):
+            raise UserError(f"--{f.name.replace('_', '-')} {value}: expected a number in {within}")
     return s
 
 
@@ -253,9 +248,13 @@ def git_commit():
 
 
 def peak_memory(device):
-    """Bytes: the most the device's tensors took on CUDA, the most the process took elsewhere."""
+    """Bytes: the most the device's tensors took on CUDA, the most the process took elsewhere; 0 if not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -370,16 +369,18 @@ def train(s, resume=False, command=""):
             save_model(folder, model, baked_state(model), source, task.labels)
 
     stop = []  # the signal that asked us to stop: the step is finished and a checkpoint written first
-    handlers = {}
-    if rank == 0:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handlers[number] = signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
+
+    def on_signal(number, _):
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)  # the second one means it
+
+    signals = (signal.SIGINT, signal.SIGTERM) if rank == 0 else ()
+    handlers = {number: signal.signal(number, on_signal) for number in signals}
 
     loss_sum = torch.tensor(progress["loss_sum"], device=device)
     bad_step = torch.tensor(math.inf, device=device)
     started, seconds_before = time.perf_counter(), progress["seconds"]
     logged_at, logged_step, order, order_epoch = started, progress["step"], None, None
-    metrics = None
     model.train()
     for step in range(progress["step"], total_steps):
         epoch, place = divmod(step, steps_per_epoch)
@@ -391,8 +392,9 @@ def train(s, resume=False, command=""):
 
         batch = order[place]
         mine = batch[rank::world]
-        share = len(mine) / len(batch)  # 0 on a rank that gets nothing of a short batch, but must take part
-        parts = np.array_split(mine if len(mine) else batch[:1], min(s.grad_accum, max(len(mine), 1)))
+        weight = world / len(batch) if len(mine) else 0.0
+        mine = mine if len(mine) else batch[:1]  # nothing of a short batch for this rank: it takes part with weight 0
+        parts = np.array_split(mine, min(s.grad_accum, len(mine)))
         for i, part in enumerate(parts):
             data = collate(train_set, part)
             with autocast(device, dtype):
@@ -405,8 +407,7 @@ def train(s, resume=False, command=""):
                     losses = 0.5 * losses + 0.5 * task_loss(logits, rows, task.low, task.high)
                 else:
                     losses = distill(losses, logits, rows)
-            # mean over the global batch; DistributedDataParallel averages over ranks, hence `world`
-            loss = losses.sum() * ((world if share else 0) / len(batch))
+            loss = losses.sum() * weight  # the mean over the global batch, once DistributedDataParallel has averaged
             with net.no_sync() if world > 1 and i < len(parts) - 1 else contextlib.nullcontext():
                 scaler.scale(loss).backward()
             loss_sum += loss.detach() / world

@@ -53,11 +53,11 @@ QUERY = "bert.encoder.layer.1.attention.self.query.weight"
         (["--dens", "0.1"], ["--dens"]),  # no abbreviations: a new flag must not change an old command
         (["--task", "mrcp"], ["mrcp", "mrpc"]),
         (["--method", "smp"], ["smp", "smp-s"]),
-        (["--density", "0"], ["--density", "above 0"]),
-        (["--density", "1.5"], ["--density", "1.5", "at most 1"]),
-        (["--density", "nan"], ["--density", "nan"]),
+        (["--density", "0"], ["--density 0", "(0, 1]"]),
+        (["--density", "1.5"], ["--density 1.5", "(0, 1]"]),
+        (["--density", "nan"], ["--density nan", "(0, 1]"]),
         (["--density", "0.5", "--method", "dense"], ["--density", "dense"]),
-        (["--epochs", "0"], ["--epochs", "at least 1"]),
+        (["--epochs", "0"], ["--epochs 0", "[1, inf)"]),
         (["--epochs", "two"], ["--epochs", "two"]),
         (["--ramp", "0"], ["--ramp"]),
         (["--max-length", "33"], ["--max-length", "32"]),  # more than the model has positions

@@ -13,7 +13,7 @@ from torch import nn
 
 import prune
 from model import Bert, BertConfig, load_model
-from prune import METHODS, MaskedLinear, density_at, distill, penalty_at, share_out, top_k_mask
+from prune import METHODS, MaskedLinear, density_at, distill, penalty_at, share_out, top_k_mask, top_k_masks
 
 TINY = Path(__file__).parent / "golden" / "tiny-bert"
 SETTINGS = {"density": 0.1, "ramp": 0.5, "reg_lambda": 400.0, "temperature_s": 1.0, "redistribute": True}
@@ -51,19 +51,21 @@ def test_top_k_is_exact_under_any_ties():
         assert torch.equal(top_k_mask(torch.from_numpy(values), k).flatten(), expected)
         if k:
             threshold = flat.sort(descending=True).values[k - 1]
-            assert prune.kth_largest_on_device(flat, torch.tensor(k)) == threshold
+            assert prune.kth_largest_on_device(flat[None], torch.tensor([[k]])) == threshold
             assert prune.kth_largest(flat.numpy(), k) == threshold
 
 
 def test_the_device_path_selects_the_same(monkeypatch):
-    """The branch that an accelerator takes, run here on the CPU: no count leaves the device, the mask is the same."""
-    tensor_is_cpu = property(lambda self: False)
+    """The branch that an accelerator takes, run here on the CPU: several matrices at once, counts on the device."""
     for values, k in cases():
-        scores = torch.from_numpy(values)
-        expected = top_k_mask(scores, k)
+        scores = [torch.from_numpy(values), torch.from_numpy(-values), torch.zeros(values.shape)]
+        ks = [k, values.size - k, k // 2]
+        expected = top_k_masks(scores, ks)
         with monkeypatch.context() as patch:
-            patch.setattr(torch.Tensor, "is_cpu", tensor_is_cpu)
-            assert torch.equal(top_k_mask(scores, torch.tensor(k)), expected)
+            patch.setattr(torch.Tensor, "is_cpu", property(lambda self: False))
+            for counts in (ks, torch.tensor(ks) + 0.5):  # SMP-L's numbers, SMP-S's tensor, rounded down
+                for ours, theirs in zip(top_k_masks(scores, counts), expected, strict=True):
+                    assert torch.equal(ours, theirs)
 
 
 def test_sampled_bracket_survives_adversarial_order():
@@ -79,7 +81,7 @@ def test_sampled_bracket_survives_adversarial_order():
 
 
 def test_exact_k_from_all_zero_scores():
-    """Scores start at 0 everywhere, all ties: the mask still keeps int(v * numel) of each matrix, the same each time."""
+    """Scores start at 0 everywhere, all ties: the masks still keep int(v * numel) each, the same every time."""
     for method in ("smp-l", "smp-s"):
         model, m = make(method)
         for linear in m.linears:

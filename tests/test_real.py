@@ -59,8 +59,8 @@ def test_two_processes_are_one_at_first(tmp_path):
 
 def test_killed_thrice_is_uninterrupted(tmp_path):
     """kill -9 at three random moments of a run on CoLA: metrics, scores and masks bit-identical to the whole run."""
-    flags = [*FLAGS, "--task", "cola", "--batch-size", "16", "--max-steps", "40", "--eval-every", "8", "--log-every", "4"]
-    command = [sys.executable, str(ROOT / "train.py"), *flags, "--out"]
+    flags = ["--task", "cola", "--batch-size", "16", "--max-steps", "40", "--eval-every", "8", "--log-every", "4"]
+    command = [sys.executable, str(ROOT / "train.py"), *FLAGS, *flags, "--out"]
     began = time.time()
     subprocess.run([*command, str(tmp_path / "whole")], env=environment(), check=True)
     whole = time.time() - began
