@@ -73,6 +73,13 @@ def inputs(padding=0):
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
 
 
+def close(mine, theirs):
+    """Rounding may differ: kernels go by the alignment of what was loaded."""
+    difference = float((mine - theirs).detach().abs().max())
+    print(f"max difference {difference:.1e} of {float(theirs.detach().abs().max()):.1f}")
+    return mine.shape == theirs.shape and difference < 1e-5
+
+
 def same(state, other):
     return state.keys() == other.keys() and all(torch.equal(x, other[name]) for name, x in state.items())
 
@@ -101,8 +108,8 @@ def test_layouts(layout, dtype, shards, tmp_path):
     assert same(model.state_dict(), {name: x for name, x in expected.items() if "pooler" not in name})
     assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
     reference = load(write(tmp_path / "reference", expected))
-    assert torch.equal(model(**inputs()), reference(**inputs()))
-    assert torch.equal(model.mlm_logits(**inputs()), reference.mlm_logits(**inputs()))
+    assert close(model(**inputs()), reference(**inputs()))
+    assert close(model.mlm_logits(**inputs()), reference.mlm_logits(**inputs()))
 
 
 @pytest.mark.parametrize("layout", ["as it is", "no pooler"])
@@ -204,14 +211,16 @@ def test_own_classifier(tmp_path):
 
 def test_heads_are_their_formulas(tmp_path):
     words, t = [5, 119, 60, 0], tensors()
-    model = load(TINY, words=words)
-    assert (model(**inputs()) - model.mlm_logits(**inputs())[:, 0, words]).abs().max() < 1e-5
+    unbiased, bias = load(write(tmp_path, t | {BIAS: torch.zeros(120)})).mlm_logits(**inputs()), torch.randn(120)
+    model = load(write(tmp_path, t | {BIAS: bias}), words=words)
+    assert close(model.mlm_logits(**inputs()), unbiased + bias)
+    assert close(model(**inputs()), model.mlm_logits(**inputs())[:, 0, words])
     bare = load(write(tmp_path, tensors(without="cls.")), words=words)
     first = bare.bert(**inputs())[:, 0]
-    assert (bare(**inputs()) - first @ t[EMBEDDING][words].T).abs().max() < 1e-5
+    assert close(bare(**inputs()), first @ t[EMBEDDING][words].T)
     classifier = load(TINY, "classifier", outputs=3)
     pooled = torch.tanh(first @ t[f"{POOLER}.weight"].T + t[f"{POOLER}.bias"])
-    assert (classifier(**inputs()) - pooled @ classifier.classifier.weight.T).abs().max() < 1e-5
+    assert close(classifier(**inputs()), pooled @ classifier.classifier.weight.T)
     for each in (model, bare):  # no parameter that the file does not hold
         assert {name for name, _ in each.named_parameters()} <= tensors().keys()
 
@@ -220,8 +229,8 @@ def test_heads_are_their_formulas(tmp_path):
 def test_padding_changes_nothing(head):
     model = load(TINY, head, outputs=3)
     states, padded = model.bert(**inputs()), model.bert(**inputs(padding=9))
-    assert (model(**inputs()) - model(**inputs(padding=9))).abs().max() < 1e-5
-    assert (states - padded[:, :7]).abs().max() < 1e-5
+    assert close(model(**inputs()), model(**inputs(padding=9)))
+    assert close(states, padded[:, :7])
     unmasked = model.bert(**inputs(padding=9) | {"attention_mask": torch.ones(3, 16)})
     assert (states - unmasked[:, :7]).abs().max() > 1e-2  # it is the mask that does it
     first = model.bert(**inputs(padding=9), first_only=True)  # and position 0 alone is position 0 of all
@@ -268,7 +277,7 @@ def test_save_and_load(head, without, labels, kind, tmp_path):
     save_model(tmp_path / "saved", model, model.state_dict(), source, labels)
     again = load(tmp_path / "saved", head, outputs=outputs, new_head=False)
     assert same(again.state_dict(), model.state_dict()) and again.config == model.config
-    assert torch.equal(again(**inputs()), model(**inputs()))
+    assert close(again(**inputs()), model(**inputs()))
     files = contents(tmp_path / "saved")
     assert files.keys() == {"model.safetensors", "config.json", "vocab.txt", "tokenizer.json"}
     config = json.loads(files["config.json"])
@@ -362,19 +371,19 @@ def hub(tmp_path_factory):
             assert time.time() - start < 20 and "\n" not in (error or "")
             return folder or error
 
-        def close():
+        def leave():
             server.shutdown()
             server.server_close()
 
-        yield SimpleNamespace(ask=ask, got=got, close=close, port=server.server_port)
-        close()
+        yield SimpleNamespace(ask=ask, got=got, close=leave, port=server.server_port)
+        leave()
 
 
 def test_hub_gives_what_is_read(hub):
     folder = Path(hub.ask("org/tiny"))
     assert contents(folder) == FILES  # neither the .bin nor what lies in subfolders
     assert {name for name in hub.got if "tiny" in name} == {f"org/tiny/{name}" for name in FILES}
-    assert torch.equal(load(folder)(**inputs()), load(TINY)(**inputs()))
+    assert close(load(folder)(**inputs()), load(TINY)(**inputs()))
     (folder / WEIGHTS).unlink()  # a download that was interrupted is completed
     assert contents(hub.ask("org/tiny")) == FILES
 
@@ -425,12 +434,6 @@ def batch(hf, tmp_path):
     return {name: x for name, x in collate(dataset, dataset.lengths.argsort()[::18]).items() if name != "labels"}
 
 
-def close(mine, theirs):
-    difference = float((mine - theirs).abs().max())
-    print(f"max difference {difference:.1e} of {float(theirs.abs().max()):.1f}")
-    return mine.shape == theirs.shape and difference < 1e-5
-
-
 def load_hf(auto, folder):
     """transformers' model of a folder that fits it to the last key."""
     model, info = auto.from_pretrained(folder, output_loading_info=True)
@@ -474,6 +477,8 @@ def test_real_round_trip_through_transformers(hf, kind, tmp_path):
     torch.manual_seed(0)
     config = json.loads((TINY / "config.json").read_text()) | {"initializer_range": 0.3}
     theirs = getattr(hf, f"Bert{kind}")(hf.BertConfig(**config, num_labels=3)).eval()
+    for parameter in theirs.parameters():
+        parameter.add_(torch.randn_like(parameter) * (parameter.dim() == 1) / 10)  # biases, LayerNorms
     theirs.save_pretrained(tmp_path / "theirs")
     head, auto = "classifier" if "Sequence" in kind else "words", kind.replace("PreTraining", "MaskedLM")
     mine = load(tmp_path / "theirs", head, outputs=3, new_head=False)
