@@ -509,9 +509,11 @@ def demo(command):
     """The embedded default: the same small pretrained BERT, once fine-tuned densely, once adapted by a mask alone."""
     results = []
     for method in ("dense", "smp-s"):
-        out = f"runs/demo-{method}"
-        if (Path(out) / "config.json").exists():  # of an earlier `python train.py`
-            shutil.rmtree(out)
+        out = f"runs/demo/{method}"
+        if Path(out).exists():
+            if read_json(Path(out) / "config.json").get("command") != command:
+                raise UserError(f"{out}: not made by `{command}`; move it away, or give --out")
+            shutil.rmtree(out)  # of an earlier one
         results.append(train(settings_from({"method": method, "out": out}), command=command))
         print()
     print(f"{'method':8} {'density':>8} {'achieved':>9} {'dev accuracy':>13} {'seconds':>8}")
@@ -529,23 +531,19 @@ def main(argv=None):
         if not given:
             demo(command)
             return 0
-        resume = given.get("resume", False)
-        if resume and "out" not in given:
-            raise UserError("--resume: give the run folder with --out")
-        if resume and (Path(given["out"]) / "config.json").exists():
-            s = resumed(given)
-        else:
-            s = settings_from(given)
-            if os.environ.get("RANK", "0") == "0" and os.path.exists(s.out):
-                if not Path(s.out).is_dir() or any(Path(s.out).iterdir()):
-                    raise UserError(f"--out {s.out}: not empty; add --resume to continue that run, or name another")
+        s, resume = settings_from(given), given.get("resume", False)
+        if resume and (Path(s.out) / "config.json").exists():
+            s = resumed(given | {"out": s.out})
+        elif os.environ.get("RANK", "0") == "0" and os.path.exists(s.out):
+            if not Path(s.out).is_dir() or any(Path(s.out).iterdir()):
+                raise UserError(f"--out {s.out}: not empty; add --resume to continue that run, or name another")
         train(s, resume, command)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT
-        print("\ninterrupted; the same command with --resume (and --out) continues the run", file=sys.stderr)
+        print("\ninterrupted; the same command with --resume continues the run", file=sys.stderr)
         return 128 + number
     finally:
         if dist.is_initialized():
