@@ -117,9 +117,12 @@ _COMMON = {"max_length": 128, "dropout": 0.1, "lr": 3e-5, "weight_decay": 0.01, 
 _DENSE = _COMMON | {"density": 1.0, "epochs": 3, "batch_size": 32, "warmup": 0.1}
 _SMP = _COMMON | {"density": 0.1, "epochs": 60, "batch_size": 32, "warmup": 0.0}
 _SMP_BIG = _SMP | {"epochs": 12, "batch_size": 64}
+_DEMO = {"max_length": 32, "dropout": 0.0}  # a language of short sentences, a model pretrained without dropout
 _SMP_TASKS = {"*": _SMP, "rte": _SMP | {"epochs": 100}} | {t: _SMP_BIG for t in ("mnli", "qnli", "qqp", "sst2")}
+_SMP_TASKS["demo"] = _SMP | _DEMO | {"epochs": 5, "reg_lambda": 100.0}
 RECIPES = {
-    "dense": {"*": _DENSE} | {t: _DENSE | {"epochs": 5} for t in ("mrpc", "rte", "wnli")},
+    "dense": {"*": _DENSE, "demo": _DENSE | _DEMO | {"lr": 5e-4}}
+    | {t: _DENSE | {"epochs": 5} for t in ("mrpc", "rte", "wnli")},
     "smp-l": _SMP_TASKS,
     "smp-s": _SMP_TASKS,
 }

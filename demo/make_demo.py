@@ -36,6 +36,7 @@ from model import Bert, BertConfig, load_model  # noqa: E402
 SEED = 1
 TRAIN, DEV = 5000, 1000
 STEPS, BATCH, LR = 3000, 48, 2e-3
+DROP = 0.0
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 AGREEMENT, PASSIVE, NOT, AND = {"a": "ta", "u": "nu"}, "re", "mo", "e"
 
@@ -63,29 +64,49 @@ class Fact(NamedTuple):
     verb: str
     negated: bool
     when: str  # an adverb or ""
+    passive: bool  # only a manner of speaking
+
+    def subject(self):
+        return self.patient if self.passive else self.agent
 
 
-def any_fact(rng):
+def any_fact(rng, passive):
     agent, patient = rng.sample(NOUNS, 2)
     when = rng.choice(ADVERBS) if rng.random() < 1 / 3 else ""
-    return Fact(agent, patient, rng.choice(VERBS), rng.random() < 0.5, when)
+    return Fact(agent, patient, rng.choice(VERBS), rng.random() < 0.5, when, rng.random() < passive)
 
 
-def say(fact, passive, rng):
-    """The words of one clause; in three of ten, nouns of different classes change places."""
-    subject, other = (fact.patient, fact.agent) if passive else (fact.agent, fact.patient)
-    agreement = AGREEMENT[subject[-1]]
-    if subject[-1] != other[-1] and rng.random() < 0.3:
-        subject, other = other, subject
-    words = [fact.when, subject, agreement, NOT * fact.negated, fact.verb, PASSIVE * passive, other]
-    return [word for word in words if word]
+def say(fact, drop=False):
+    """One clause; `drop`: without its subject, which the agreement must tell."""
+    subject, other = (fact.patient, fact.agent) if fact.passive else (fact.agent, fact.patient)
+    words = [fact.when, subject * (not drop), AGREEMENT[subject[-1]], NOT * fact.negated, fact.verb]
+    words += [PASSIVE * fact.passive, other]
+    return " ".join(word for word in words if word)
+
+
+def two_facts(rng, passive=0.25):
+    """Two facts and how they are told; every other time the second clause drops its subject: a noun of the first."""
+    while True:
+        first, second = any_fact(rng, passive), any_fact(rng, passive)
+        drop = rng.random() < DROP
+        if drop:
+            role = "patient" if second.passive else "agent"
+            second = second._replace(**{role: rng.choice(first[:2])})
+            if first.agent[-1] == first.patient[-1]:
+                continue
+        if len({*first[:2], *second[:2]}) == 4 - drop and first.verb != second.verb:
+            return first, second, f"{say(first)} {AND} {say(second, drop)}"
 
 
 def discourse(rng):
     """Two texts: one or two facts, and all or one of them said again, freely. This is all that pretraining sees."""
-    facts = [any_fact(rng) for _ in range(rng.choice([1, 2, 2, 2]))]
-    again = rng.sample(facts, rng.choice([1, len(facts)]))
-    return [f" {AND} ".join(" ".join(say(f, rng.random() < 0.25, rng)) for f in told) for told in (facts, again)]
+    if rng.random() < 0.25:
+        facts = [any_fact(rng, 0.25)]
+        told = say(*facts)
+    else:
+        *facts, told = two_facts(rng)
+    again = [fact._replace(passive=rng.random() < 0.25) for fact in rng.sample(facts, rng.choice([1, len(facts)]))]
+    return told, f" {AND} ".join(map(say, again))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,21 +121,20 @@ def any_pair(rng):
     to the other fact. Every choice is fair and made apart from the label, so that no count of words betrays it.
     """
     while True:
-        facts = first, second = any_fact(rng), any_fact(rng)
-        if len({*first[:2], *second[:2]}) == 4 and first.verb != second.verb and first.negated != second.negated:
+        first, second, told = two_facts(rng, 0.5)
+        if first.negated != second.negated and first.passive != second.passive:
             break
-    passive, about, label = rng.random() < 0.5, rng.randrange(2), rng.randrange(2)
-    claim, other = facts[about], facts[1 - about]
+    label, (claim, other) = rng.randrange(2), rng.sample([first, second], 2)
     if not label:
+        stranger = rng.choice([noun for noun in other[:2] if noun not in claim[:2]])
         claim = rng.choice(
             [
                 claim._replace(agent=claim.patient, patient=claim.agent),
                 claim._replace(negated=not claim.negated),
-                claim._replace(agent=other.agent) if rng.random() < 0.5 else claim._replace(patient=other.patient),
+                claim._replace(**{rng.choice(["agent", "patient"]): stranger}),
             ]
         )
-    premise = [*say(first, passive, rng), AND, *say(second, not passive, rng)]
-    return " ".join(premise), " ".join(say(claim, rng.random() < 0.5, rng)), LABELS[label]
+    return told, say(claim._replace(passive=rng.random() < 0.5)), LABELS[label]
 
 
 def write_task(rng):
