@@ -119,7 +119,7 @@ _SMP = _COMMON | {"density": 0.1, "epochs": 60, "batch_size": 32, "warmup": 0.0}
 _SMP_BIG = _SMP | {"epochs": 12, "batch_size": 64}
 _DEMO = {"max_length": 32, "dropout": 0.0}  # a language of short sentences, a model pretrained without dropout
 _SMP_TASKS = {"*": _SMP, "rte": _SMP | {"epochs": 100}} | {t: _SMP_BIG for t in ("mnli", "qnli", "qqp", "sst2")}
-_SMP_TASKS["demo"] = _SMP | _DEMO | {"epochs": 5, "reg_lambda": 100.0}
+_SMP_TASKS["demo"] = _SMP | _DEMO | {"epochs": 10, "batch_size": 64, "reg_lambda": 200.0}
 RECIPES = {
     "dense": {"*": _DENSE, "demo": _DENSE | _DEMO | {"lr": 5e-4}}
     | {t: _DENSE | {"epochs": 5} for t in ("mrpc", "rte", "wnli")},

@@ -64,9 +64,6 @@ class Fact(NamedTuple):
     when: str  # an adverb or ""
     passive: bool  # only a manner of speaking
 
-    def subject(self):
-        return self.patient if self.passive else self.agent
-
 
 def any_fact(rng, passive):
     agent, patient = rng.sample(NOUNS, 2)
