@@ -435,6 +435,20 @@ class Dataset:
     def lengths(self):
         return np.diff(self.starts)
 
+    def take(self, indices):
+        """The examples `indices`, in that order, as a Dataset."""
+        lengths = self.lengths[indices]
+        ids = [self.ids[self.starts[i] : self.starts[i + 1]] for i in indices]
+        labels = None if self.labels is None else self.labels[indices]
+        starts = np.append(0, lengths.cumsum())
+        return Dataset(np.concatenate(ids), starts, self.second[indices], labels, self.max_length)
+
+    def split(self, fraction, seed):
+        """(the rest, a random `fraction`): two Datasets, neither empty, drawn with `seed`."""
+        order = np.random.default_rng(seed).permutation(len(self))
+        cut = min(max(1, round(fraction * len(self))), len(self) - 1)
+        return self.take(np.sort(order[cut:])), self.take(np.sort(order[:cut]))
+
 
 def encode(texts, tokenizer, max_length):
     """ids, starts and second (see Dataset) of strings or pairs, the longer text of a pair truncated first."""

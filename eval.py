@@ -215,6 +215,12 @@ def write_predictions(run, which, device, data_dir, split, path, task_name):
     print(f"{path}: {len(cells):,} predictions of {task.name} {split}")
 
 
+def teacher_kind(teacher):
+    """What a table calls the setting --teacher."""
+    kinds = {"none": "", None: "", "self": " + self"}
+    return kinds.get(teacher, " + dense, then self" if str(teacher).startswith("self:") else " + teacher")
+
+
 def table(runs):
     """Markdown: one row per setting that differs in more than the seed; mean ± std over seeds, last step and best."""
     groups = {}
@@ -225,8 +231,8 @@ def table(runs):
         result, config = read_json(Path(run) / "result.json"), read_json(Path(run) / "config.json")
         settings = config["settings"]
         setting = settings | dict.fromkeys(("seed", "out", "data_dir", "device", "resume", "log_every"))
-        setting["teacher"] = bool(settings["teacher"])  # each seed may have its own
-        order = (result["task"], result["method"] != "dense", result["method"], -result["density"])
+        setting["teacher"] = taught = teacher_kind(settings["teacher"])  # each seed may have its own
+        order = (result["task"], result["method"] != "dense", result["method"], -(result["density"] or 0.0), taught)
         groups.setdefault((order, json.dumps(setting, sort_keys=True)), []).append((result, settings))
 
     def cell(rows):
@@ -242,12 +248,13 @@ def table(runs):
     for _, members in sorted(groups.items()):
         results, settings = [r for r, _ in members], members[0][1]
         r = results[0]
-        extra = " + teacher" if settings["teacher"] else ""
+        extra = teacher_kind(settings["teacher"])
         extra += " (logit)" if settings["regression"] == "logit" else ""
+        extra += " (signed)" if settings.get("pins_score") == "signed" and settings["method"] == "pins" else ""
         achieved = np.mean([r["achieved_density"] for r in results])
         minutes = np.mean([r["train_seconds"] for r in results]) / 60
         print(
-            f"| {r['task']} | {r['method']}{extra} | {r['density']:g} | {achieved:.4f} | {len(results)} | "
+            f"| {r['task']} | {r['method']}{extra} | {r['density'] or 'by lambda'} | {achieved:.4f} | {len(results)} | "
             f"{r['epochs']:g} | {cell([r['metrics'] for r in results])} | "
             f"{cell([r['best']['metrics'] for r in results])} | {minutes:.1f} |"
         )

@@ -1,12 +1,13 @@
 """Which weights a layer sees: masked layers, mask functions, straight-through gradients, one small class per method.
 
 Papers: SMP, Jiang et al., ACL 2023, arXiv 2210.06210 ("Pruning Pre-trained Language Models Without Fine-Tuning");
-movement pruning, Sanh, Wolf, Rush, NeurIPS 2020, arXiv 2005.07683. Their symbols, once, and our words for them:
-W `weight`, S `scores`, M `mask`, v `density` (the fraction kept), N the steps of the ramp, T `total_steps`,
-lambda `penalty`, R the regulariser.
+movement pruning, Sanh, Wolf, Rush, NeurIPS 2020, arXiv 2005.07683; PINS, Ren and Zhu, Findings of ACL 2023, arXiv
+2305.12394; PLATON, Zhang et al., ICML 2022, arXiv 2206.12562. Their symbols, once, and our words for them: W or theta
+`weight`, S `scores`, M or m `mask`, v `density` (the fraction kept), T `total_steps`, lambda `penalty`, R the
+regulariser, g `grad`, eta `lr`, I `importance`.
 
-A method is a class with `head`, `groups`, `update`, `penalise` and `scores`; train.py calls these and knows no formula.
-Masks are computed once per optimizer step: `update(t)` before step t, and again after it for step t+1 and evaluation.
+A method is a class with the few calls of `Dense`; train.py makes them and knows no formula. Step t: forward with the
+masks of `update(t)`, backward, `penalise(t)`, clip, `observe(t)`, the optimizer, `update(t + 1)`, for evaluation too.
 """
 
 import math
@@ -30,23 +31,21 @@ MATRICES = {
 # schedules: pure functions of the step
 
 
-def density_at(step, final, ramp_steps):
-    """Cubic, no warm-up (SMP, code): v_t = v + (1 - v)(1 - t/N)^3 for t < N, then v.
+def cubic_at(step, first, last, start, end):
+    """`first` until step `start`, `last` from step `end`, between them last + (first - last)(1 - (t - start)/(end -
+    start))^3: the density of every method (1 to v), soft movement's tau (0 to 0.1), SMP's lambda (0 to 400).
 
-    1.0 |*
-        | *
-        |   **
+    1.0 |***
+        |   *
+        |    **
       v |      **********
-        0      N        T
+        0  start  end    T
     """
-    if step >= ramp_steps:
-        return final
-    return final + (1 - final) * (1 - step / ramp_steps) ** 3
-
-
-def penalty_at(step, final, total_steps):
-    """lambda_t = lambda * (1 - (1 - t/T)^3) over ALL steps (SMP, code; the paper's saturates with the density at N)."""
-    return final * (1 - (1 - step / total_steps) ** 3)
+    if step <= start:
+        return first
+    if step >= end:
+        return last
+    return last + (first - last) * (1 - (step - start) / (end - start)) ** 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,6 +84,13 @@ def kth_largest_on_device(scores, k):
     return torch.where(keys == low, scores, -math.inf).amax(1, keepdim=True)
 
 
+def threshold_at(values, k):
+    """The k-th largest of a flat tensor, a 0-dim tensor; without a host sync on an accelerator."""
+    if values.is_cpu:
+        return torch.tensor(kth_largest(values.numpy(), k))
+    return kth_largest_on_device(values[None], torch.full((1, 1), k, device=values.device))[0, 0]
+
+
 def top_k_masks(scores, k):
     """For each of L matrices of one shape the bool mask of its k[l] largest scores: exactly so many under any ties,
     among equals the first in row-major order. `k`: L numbers, rounded down, or a tensor of them on the device. NaN is
@@ -118,57 +124,96 @@ def top_k_mask(scores, k):
 
 
 class StraightThrough(torch.autograd.Function):
-    """W' = W * M; backward as if dM/dS were 1: dL/dS = dL/dW' * W, so that scores of pruned weights keep moving."""
+    """W' = W * M; backward dL/dW = dL/dW' * M, and for the scores as if dM/dS were 1: dL/dS = dL/dW' * W, so that the
+    scores of pruned weights keep moving."""
 
     @staticmethod
     def forward(ctx, scores, weight, mask, dtype):
-        ctx.save_for_backward(weight)
+        ctx.save_for_backward(weight, mask)
         return torch.where(mask, weight, 0.0).to(dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        (weight,) = ctx.saved_tensors
-        return grad * weight, None, None, None
+        weight, mask = ctx.saved_tensors
+        for_scores = grad * weight if ctx.needs_input_grad[0] else None
+        for_weight = torch.where(mask, grad, 0.0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return for_scores, for_weight, None, None
 
 
 class MaskedLinear(nn.Linear):
-    """A linear layer whose forward uses weight * mask. `scores` (out, in) float32 start at 0: all ties, all kept."""
+    """A linear layer whose forward uses weight * mask. `scores` (out, in) float32 start at `first`; None: there are
+    none. The mask starts with everything kept."""
 
-    def __init__(self, linear):
+    def __init__(self, linear, first=0.0):
         super().__init__(linear.in_features, linear.out_features, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.scores = nn.Parameter(torch.zeros_like(linear.weight))
+        self.scores = None if first is None else nn.Parameter(torch.full_like(linear.weight, first))
         self.register_buffer("mask", torch.ones_like(linear.weight, dtype=torch.bool), persistent=False)
+
+    def masked_weight(self, dtype):
+        """(out, in) in `dtype`, as the layer multiplies by it."""
+        return StraightThrough.apply(self.scores, self.weight, self.mask, dtype)
 
     def forward(self, x):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
-        weight = StraightThrough.apply(self.scores, self.weight, self.mask, dtype)
-        return F.linear(x, weight, self.bias)  # (..., in) x (in, out) -> (..., out)
+        return F.linear(x, self.masked_weight(dtype), self.bias)  # (..., in) x (in, out) -> (..., out)
 
 
-def mask_layers(layers):
-    """Put a MaskedLinear in place of the six matrices of each layer; {letter: [one per layer]}."""
-    masked = {letter: [] for letter in MATRICES}
+class HardConcreteLinear(MaskedLinear):
+    """L0's layer: a gate in [0, 1], drawn in training, with a true gradient (Louizos et al. 2018; movement code):
+
+    s = sigmoid((log u - log(1 - u) + S) / b) in training, sigmoid(S) in evaluation; M = clamp(1.2 s - 0.1, 0, 1)
+    """
+
+    temperature = 2 / 3  # b
+
+    def __init__(self, linear, first):
+        super().__init__(linear, first)
+        self.register_buffer("noise", torch.zeros_like(linear.weight), persistent=False)  # log u - log(1 - u)
+
+    def gate(self, training=False):
+        s = torch.sigmoid((self.noise + self.scores) / self.temperature if training else self.scores)
+        return (1.2 * s - 0.1).clamp(0, 1)
+
+    def masked_weight(self, dtype):
+        return (self.gate(self.training) * self.weight).to(dtype)
+
+
+def encoder_matrices(layers):
+    """{letter: [(parent module, child's name) of that matrix in each layer]}: the six of each layer, counted."""
+    found = {letter: [] for letter in MATRICES}
     for layer in layers:
         for letter, name in MATRICES.items():
             parent, _, child = name.rpartition(".")
             parent = layer.get_submodule(parent)
             linear = parent.get_submodule(child)
             assert type(linear) is nn.Linear, f"{name} is {type(linear).__name__}: masked twice?"
-            parent.add_module(child, MaskedLinear(linear))
-            masked[letter].append(parent.get_submodule(child))
-    assert sum(map(len, masked.values())) == 6 * len(layers)
+            found[letter].append((parent, child))
+    assert sum(map(len, found.values())) == 6 * len(layers)
+    return found
+
+
+def mask_layers(layers, kind=MaskedLinear, first=0.0):
+    """Put a MaskedLinear in place of the six matrices of each layer; {letter: [one per layer]}."""
+    masked = encoder_matrices(layers)
+    for places in masked.values():
+        for i, (parent, child) in enumerate(places):
+            places[i] = kind(parent.get_submodule(child), first)
+            parent.add_module(child, places[i])
     return masked
 
 
+@torch.no_grad()
 def baked_state(model):
     """The state dict with the masks applied and the scores left out: what any BERT can load."""
-    state = model.state_dict()
+    state, training = model.state_dict(), model.training
+    model.eval()
     for name, module in model.named_modules():
         if isinstance(module, MaskedLinear):
-            state[f"{name}.weight"] = torch.where(module.mask, module.weight, 0.0)
-            del state[f"{name}.scores"]
+            state[f"{name}.weight"] = module.masked_weight(module.weight.dtype)
+            state.pop(f"{name}.scores", None)
+    model.train(training)
     return state
 
 
@@ -176,24 +221,40 @@ def baked_state(model):
 # methods
 
 
+def add_penalty(linears, weight, shift=0.0):
+    """R = mean over matrices of mean(sigmoid(S - shift)) (code; the papers write sums), returned; adds the gradient of
+    weight * R in closed form: dR/dS = s (1 - s) / (numel * matrices). `weight`: a number or a 0-dim tensor."""
+    means = []
+    for linear in linears:
+        gate = torch.sigmoid(linear.scores - shift if shift else linear.scores)
+        means.append(gate.mean())
+        slope = torch.addcmul(gate, gate, gate, value=-1)  # s - s^2
+        linear.scores.grad.add_(slope.mul_(weight / (gate.numel() * len(linears))))
+    return torch.stack(means).mean()
+
+
 class Dense:
-    """Plain fine-tuning of every weight; the baseline, and the teacher of others."""
+    """Plain fine-tuning of every weight; the baseline, the teacher of others, and the calls that every method has."""
 
     head = "classifier"
 
     def __init__(self, model, settings, total_steps):
         self.model, self.settings, self.total_steps = model, settings, total_steps
+        self.start = settings.hold * total_steps  # the density falls from this step
+        self.end = self.start + settings.ramp * total_steps  # to this one
 
     def groups(self):
-        """Parameter groups for the optimizer; biases and LayerNorms are not decayed (Devlin et al., released code)."""
-        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        decayed = [p for name, p in named if p.dim() > 1]
-        others = [p for name, p in named if p.dim() == 1]
-        s = self.settings
-        return [
+        """Parameter groups for the optimizer; biases, LayerNorms (Devlin et al., released code) and scores (SMP,
+        movement: code) are not decayed."""
+        s, named = self.settings, [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        scores = [p for n, p in named if n.endswith(".scores")]
+        decayed = [p for n, p in named if p.dim() > 1 and not n.endswith(".scores")]
+        groups = [
             {"params": decayed, "lr": s.lr, "weight_decay": s.weight_decay},
-            {"params": others, "lr": s.lr, "weight_decay": 0.0},
+            {"params": [p for _, p in named if p.dim() == 1], "lr": s.lr, "weight_decay": 0.0},
+            {"params": scores, "lr": s.score_lr, "weight_decay": 0.0},
         ]
+        return [group for group in groups if group["params"]]
 
     def update(self, step):
         """Make the masks of step `step`, from the scores as they are."""
@@ -202,37 +263,54 @@ class Dense:
         """Add the gradient of lambda_t * R to that of the scores; returns R (a tensor, unweighted) or 0."""
         return 0.0
 
+    def observe(self, step, lr):
+        """See the gradients of step `step` as the optimizer is about to: whole, unscaled, clipped."""
+
     def density(self, step):
         """The density asked for at `step`."""
         return 1.0
 
+    def settled(self, step):
+        """Is the density after `step` steps the final one, so that a result may be chosen here?"""
+        return True
+
     def achieved(self):
-        """The fraction of the masked matrices' weights that the masks keep, counted."""
+        """The fraction of the encoder matrices' weights that is kept, counted."""
         return 1.0
 
     def scores(self):
         """{name: tensor} of the scores and masks, for a file."""
         return {}
 
+    def state(self):
+        """{name: tensor} of what the next step needs besides the parameters, for a checkpoint, which fills them."""
+        return {}
 
-class SMPLocal(Dense):
-    """SMP-L: freeze everything, learn S; each matrix keeps its int(v * numel) largest scores."""
 
-    head = "words"
+class Movement(Dense):
+    """MvP, hard movement pruning: each matrix keeps its int(v * numel) largest scores S; S and W are both learned.
+
+    With the straight-through gradient, S = -lr * sum_t (dL/dW') * W: high where a weight moves away from zero.
+    """
+
+    frozen = "bert.embeddings"  # Sanh et al., code
+    layer, first = MaskedLinear, 0.0
 
     def __init__(self, model, settings, total_steps):
         super().__init__(model, settings, total_steps)
-        model.requires_grad_(False)
-        self.masked = mask_layers(model.bert.encoder["layer"])
+        model.get_submodule(self.frozen).requires_grad_(False)
+        self.masked = mask_layers(model.bert.encoder["layer"], self.layer, self.first)
         self.linears = [linear for column in self.masked.values() for linear in column]
-        self.ramp_steps = settings.ramp * total_steps
-
-    def groups(self):
-        """Adam on S alone, no decay: AdamW at weight decay 0 (SMP, code)."""
-        return [{"params": [m.scores for m in self.linears], "lr": self.settings.score_lr, "weight_decay": 0.0}]
 
     def density(self, step):
-        return density_at(step, self.settings.density, self.ramp_steps)
+        return cubic_at(step, 1.0, self.settings.density, self.start, self.end)
+
+    def settled(self, step):
+        return step >= self.end
+
+    def rank(self, linear):
+        """The values of which the largest are kept."""
+        return linear.scores
 
     def shares(self, density):
         """The density of each matrix, in the order of `self.linears`."""
@@ -243,32 +321,45 @@ class SMPLocal(Dense):
         shares = iter(self.shares(self.density(step)))
         for column in self.masked.values():
             k = [next(shares) * linear.weight.numel() for linear in column]
-            for linear, mask in zip(column, top_k_masks([m.scores for m in column], k), strict=True):
+            masks = top_k_masks([self.rank(linear) for linear in column], k)
+            for linear, mask in zip(column, masks, strict=True):
                 linear.mask.copy_(mask)
 
     @torch.no_grad()
-    def penalise(self, step):
-        """R = mean over matrices of mean(sigmoid(S)) (SMP, code; the paper writes a sum). Its gradient in closed form:
-        dR/dS = sigmoid(S)(1 - sigmoid(S)) / (numel * matrices)."""
-        weight = penalty_at(step, self.settings.reg_lambda, self.total_steps)
-        means = []
-        for linear in self.linears:
-            gate = torch.sigmoid(linear.scores)
-            means.append(gate.mean())
-            slope = torch.addcmul(gate, gate, gate, value=-1)  # s - s^2
-            linear.scores.grad.add_(slope, alpha=weight / (gate.numel() * len(self.linears)))
-        return torch.stack(means).mean()
+    def kept(self):
+        """The number of weights the masks keep, a tensor."""
+        return torch.stack([linear.mask.sum() for linear in self.linears]).sum()
 
-    @torch.no_grad()
     def achieved(self):
-        kept = sum(int(linear.mask.sum()) for linear in self.linears)
-        return kept / sum(linear.weight.numel() for linear in self.linears)
+        return int(self.kept()) / sum(linear.weight.numel() for linear in self.linears)
 
     def scores(self):
         modules = [(n, m) for n, m in self.model.named_modules() if isinstance(m, MaskedLinear)]
         assert len(modules) == len(self.linears)
-        scores = {f"{name}.scores": m.scores.detach() for name, m in modules}
+        scores = {f"{name}.scores": m.scores.detach() for name, m in modules if m.scores is not None}
         return scores | {f"{name}.mask": m.mask for name, m in modules}
+
+
+class Magnitude(Movement):
+    """MaP, magnitude pruning: each matrix keeps its int(v * numel) largest |W|; what is masked gets no gradient."""
+
+    first = None
+
+    def rank(self, linear):
+        return linear.weight.abs()
+
+
+class SMPLocal(Movement):
+    """SMP-L: freeze everything, learn S; each matrix keeps its int(v * numel) largest scores."""
+
+    head = "words"
+    frozen = ""  # the whole model
+
+    @torch.no_grad()
+    def penalise(self, step):
+        # lambda_t = lambda (1 - (1 - t/T)^3) over ALL steps (SMP, code; the paper's saturates with the density)
+        weight = cubic_at(step, 0.0, self.settings.reg_lambda, 0, self.total_steps)
+        return add_penalty(self.linears, weight)
 
 
 class SMPShared(SMPLocal):
@@ -303,12 +394,172 @@ def share_out(r, density, redistribute=True):
             shares = torch.where(full, 1.0, rest * open_r / total)
     return shares.clamp(max=1.0)
 
+class SoftMovement(Movement):
+    """SMvP, soft movement pruning: M = sigmoid(S) > tau, one tau for all matrices, rising from 0 to 0.1; the penalty
+    lambda * tau / 0.1 * R pushes scores below it. The density is what comes out or, with a density asked for, what
+    lambda is steered to (`steer`)."""
 
-METHODS = {"dense": Dense, "smp-l": SMPLocal, "smp-s": SMPShared}
+    threshold = 0.1  # tau
+    shift = 0.0
+
+    def __init__(self, model, settings, total_steps):
+        super().__init__(model, settings, total_steps)
+        self.integral = torch.zeros((), device=self.linears[0].weight.device)  # see `steer`
+
+    def tau(self, step):
+        return cubic_at(step, 0.0, self.threshold, self.start, self.end)
+
+    def settled(self, step):
+        target = self.settings.density
+        return step >= self.end and (target is None or abs(self.achieved() / target - 1) <= 0.1)
+
+    @torch.no_grad()
+    def update(self, step):
+        for column in self.masked.values():
+            k = []
+            for linear in column:  # at least 0.5% of a matrix stay
+                above = (torch.sigmoid(linear.scores) > self.tau(step)).sum()
+                k.append(above.clamp(min=int(0.005 * linear.weight.numel()) + 1))
+            for linear, mask in zip(column, top_k_masks([m.scores for m in column], k), strict=True):
+                linear.mask.copy_(mask)
+
+    @torch.no_grad()
+    def penalise(self, step):
+        weight = self.settings.reg_lambda * self.tau(step) / self.threshold
+        return add_penalty(self.linears, self.steer(step, weight), self.shift)
+
+    def steer(self, step, weight):
+        """lambda: the published `weight` or, with a density asked for, that times sinh(5 e + 50 * integral of e over
+        the run), e = log(density / cubic_at): a PI controller; sinh, to reach orders of magnitude either way."""
+        if self.settings.density is None:
+            return weight
+        target = cubic_at(step, 1.0, self.settings.density, self.start, self.end)
+        error = (self.kept() / (target * sum(linear.weight.numel() for linear in self.linears))).log()
+        if step > self.start:
+            self.integral += error / self.total_steps
+        return weight * (5 * error + 50 * self.integral).sinh()
+
+    def state(self):
+        return {"integral": self.integral}
+
+
+class L0(SoftMovement):
+    """L0 regularisation with the hard concrete gate: M is not binary and its gradient is true.
+
+    R = mean over matrices of mean(sigmoid(S - b log(0.1/1.1))), the probability that a gate is not zero.
+    """
+
+    layer, first = HardConcreteLinear, 2.197  # sigmoid(2.197) = 0.9
+    shift = HardConcreteLinear.temperature * math.log(0.1 / 1.1)
+
+    def tau(self, step):
+        return self.threshold  # lambda is constant
+
+    @torch.no_grad()
+    def update(self, step):
+        generator = torch.Generator(self.linears[0].weight.device)
+        generator.manual_seed(self.settings.seed * 1_000_003 + step)  # the same on every rank, and after a resume
+        for linear in self.linears:
+            linear.noise.uniform_(1e-4, 1 - 1e-4, generator=generator).logit_()
+            linear.mask.copy_(linear.gate() > 0)
+
+
+class Pins(Dense):
+    """PINS: every few steps zero, over all encoder matrices at once, the weights of least importance; train them all.
+
+    The 0-1 ILP. A gradient step under a mask m gives m (theta - eta g); to first order the loss changes by
+        g . (m (theta - eta g) - theta) = sum_i m_i g_i (theta_i - eta g_i) - g . theta,
+    linear in m, the last term constant. Subject to sum_i m_i = k, m_i in {0, 1}, it is least where m keeps the k
+    smallest g (theta - eta g), that is the k largest of
+        I = -theta g + eta g^2,
+    since exchanging a kept i for a dropped j with I_j > I_i would lower it. That is `signed`. It drops first what it
+    says lowers the loss most, the large theta g > 0, far outside the range of a first-order model; and a zeroed weight,
+    I = eta g^2 >= 0, returns before them. `absolute` (the release) is the ILP of least damage: pruning changes the loss
+    by sum_i (1 - m_i) I_i, at most sum_i (1 - m_i) |I_i|, and keeping the k largest |I| makes this bound least.
+    """
+
+    def __init__(self, model, settings, total_steps):
+        super().__init__(model, settings, total_steps)
+        places = encoder_matrices(model.bert.encoder["layer"])
+        self.weights = [parent.get_submodule(child).weight for column in places.values() for parent, child in column]
+        self.sizes = [weight.numel() for weight in self.weights]
+        # flat, over all matrices: the mean over the window, its moving average, and the average deviation from that
+        self.window, self.ema, self.unc = torch.zeros(3, sum(self.sizes), device=self.weights[0].device)
+        self.mask = None  # what is kept; None: nothing is to be zeroed after this step
+
+    def density(self, step):
+        return cubic_at(step - 1, 1.0, self.settings.density, self.start, self.end)  # after `step` steps
+
+    def settled(self, step):
+        return step - 1 > self.end
+
+    def criterion(self, weight, grad, lr):
+        value = lr * grad * grad - weight * grad
+        return value.abs() if self.settings.pins_score == "absolute" else value
+
+    def importance(self):
+        return self.ema * self.unc
+
+    @torch.no_grad()
+    def observe(self, step, lr):
+        s, place = self.settings, step % self.settings.pins_window
+        if place == 0:
+            self.ema.lerp_(self.window, 1 - s.beta1)
+            self.unc.lerp_((self.window - self.ema).abs_(), 1 - s.beta2)
+        for weight, mean in zip(self.weights, self.window.split(self.sizes), strict=True):
+            grad = weight.grad.nan_to_num(0.0, 0.0, 0.0)  # fp16: a step that the scaler is about to skip
+            mean.lerp_(self.criterion(weight, grad, lr).flatten(), 1 / (place + 1))  # (out, in) -> (numel,)
+        if step > self.end or (step > self.start and place == 0):
+            # everything strictly below the int(N (1 - v))-th smallest goes: one more than k stay (code)
+            importance = self.importance()
+            below = int(importance.numel() * (1 - cubic_at(step, 1.0, s.density, self.start, self.end)))
+            self.mask = importance >= threshold_at(importance, importance.numel() - below + 1) if below else None
+
+    @torch.no_grad()
+    def update(self, step):
+        if self.mask is not None:
+            for weight, mask in zip(self.weights, self.mask.split(self.sizes), strict=True):
+                weight.masked_fill_(~mask.view_as(weight), 0.0)  # (numel,) -> (out, in)
+        self.mask = None
+
+    @torch.no_grad()
+    def achieved(self):
+        return int(torch.stack([w.count_nonzero() for w in self.weights]).sum()) / sum(self.sizes)
+
+    def state(self):
+        return {"window": self.window, "ema": self.ema, "uncertainty": self.unc}
+
+
+class Platon(Pins):
+    """PLATON: I = |theta g|, the change of the loss if a weight were zero; else as PINS, which took its averages."""
+
+    def criterion(self, weight, grad, lr):
+        return (weight * grad).abs_()
+
+
+class Sensitivity(Platon):
+    """|theta g| alone: the mean over the last whole window (beta1 0 in its recipe), no uncertainty."""
+
+    def importance(self):
+        return self.ema
+
+
+METHODS = {
+    "dense": Dense,
+    "magnitude": Magnitude,
+    "l0": L0,
+    "movement": Movement,
+    "soft-movement": SoftMovement,
+    "smp-l": SMPLocal,
+    "smp-s": SMPShared,
+    "sensitivity": Sensitivity,
+    "platon": Platon,
+    "pins": Pins,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# distillation
+# teachers
 
 
 def distill(task_loss, student, teacher, temperature=2.0, share=0.5):
@@ -320,3 +571,13 @@ def distill(task_loss, student, teacher, temperature=2.0, share=0.5):
     p_teacher = F.softmax(teacher / temperature, dim=1)
     kl = F.kl_div(log_student, p_teacher, reduction="none").sum(dim=1)  # (B, K) -> (B,)
     return (1 - share) * task_loss + share * temperature**2 * kl
+
+
+def self_distill(task_loss, student, teacher, temperature=2.0):
+    """PINS's self-regularisation, per example (B,): (1 - a) * task + a * T^2 * CE(p_teacher, p_student at T), T = 2,
+    with a = 1 - H(p_student) / log K, the student's own confidence, at temperature 1 and without gradient (PINS, code).
+    """
+    p = F.softmax(student.detach(), dim=1)
+    a = 1 - torch.special.entr(p).sum(dim=1) / math.log(student.size(1))  # (B, K) -> (B,)
+    ce = F.cross_entropy(student / temperature, F.softmax(teacher / temperature, dim=1), reduction="none")
+    return (1 - a) * task_loss + a * temperature**2 * ce

@@ -55,7 +55,7 @@ from model import (
     task_loss,
     to_score,
 )
-from prune import METHODS, baked_state, distill
+from prune import METHODS, baked_state, distill, self_distill
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings
@@ -75,7 +75,7 @@ class Settings:
     task: str = flag("demo", None, f"one of {' '.join(name for name in TASKS if name != 'ax')}")
     task_file: str = flag(None, None, "your own task: a JSON file, see README")
     method: str = flag("smp-s", tuple(METHODS), "how to prune")
-    density: float = flag(None, "(0, 1]", "fraction kept of the encoder's matrices; recipe 0.1 (SMP), dense 1")
+    density: float = flag(None, "(0, 1]", "fraction kept of the encoder's matrices; recipe 0.1, pins 0.2")
     out: str = flag(None, None, "run folder; default runs/TASK-METHOD-DENSITY-sSEED")
     resume: bool = flag(False, None, "continue the run in --out, bit-exactly, from its last checkpoint")
 
@@ -87,23 +87,34 @@ class Settings:
     batch_size: int = flag(None, "[1, inf)", "examples per step, over all devices and micro-batches; recipe by task")
     grad_accum: int = flag(1, "[1, inf)", "micro-batches a batch is computed in: less memory, same result")
     lr: float = flag(None, "[0, inf)", "peak learning rate of the weights; recipe 3e-5 (Devlin et al. A.3)")
-    warmup: float = flag(None, "[0, 1]", "fraction of the run in which lr rises; recipe dense 0.1 (Devlin), SMP 0")
-    weight_decay: float = flag(None, "[0, inf)", "AdamW's, on matrices only; recipe 0.01 (Devlin et al. A.2)")
+    warmup: float = flag(None, "[0, 1]", "fraction of the run in which lr rises; recipe by method")
+    weight_decay: float = flag(None, "[0, inf)", "AdamW's, on matrices only; recipe dense 0.01 (Devlin), else 0")
     clip: float = flag(1.0, "(0, inf)", "largest gradient norm (SMP code; Devlin et al. code)")
     dropout: float = flag(None, "[0, 1)", "probability, hidden and attention; recipe 0.1, as in pretraining")
     seed: int = flag(0, "[0, 2147483647]", "of the new head, the order of the data and dropout")
 
-    score_lr: float = flag(None, "[0, inf)", "peak learning rate of the scores; recipe 2e-2 (SMP)", "pruning")
-    ramp: float = flag(None, "(0, 1]", "fraction of the run in which density falls; recipe 0.593 to 0.048 (SMP code)")
-    reg_lambda: float = flag(None, "[0, inf)", "final weight of the regulariser; recipe 400 (SMP)")
+    score_lr: float = flag(None, "[0, inf)", "peak learning rate of the scores; recipe by method", "pruning")
+    hold: float = flag(None, "[0, 1)", "fraction of the run at density 1, before the ramp; recipe by method")
+    ramp: float = flag(None, "(0, 1]", "fraction of the run in which density falls; recipe by method")
+    reg_lambda: float = flag(None, "[0, inf)", "final weight of the regulariser; recipe 400, l0 125")
     temperature_s: float = flag(None, "(0, inf)", "p in SMP-S's sigmoid(S/p); recipe 1, 3 or 4 by density (SMP code)")
     redistribute: bool = flag(True, None, "SMP-S: pass on what a full matrix cannot take; --no-...: as released")
+    pins_score: str = flag("absolute", ("absolute", "signed"), "PINS: rank |I| (PINS code) or I (PINS paper)")
+    pins_window: int = flag(10, "[1, inf)", "PINS: steps averaged, and between rankings in the ramp (PINS code)")
+    beta1: float = flag(None, "[0, 1)", "PINS: decay of the importance's average; recipe 0.85, sensitivity 0")
+    beta2: float = flag(0.99, "[0, 1)", "PINS: decay of the uncertainty's average (PINS code on RTE)")
     regression: str = flag(
         "interpolate",
         ("interpolate", "logit"),
         'score tasks with label words: p(yes) against "no", or the published logit of "yes" under MSE',
     )
-    teacher: str = flag(None, None, "dense run of the same task to distil from: 0.5 CE + 0.5 T^2 KL, T = 2 (SMP code)")
+    teacher: str = flag(
+        None,
+        None,
+        "dense run of the task to distil from; self: this run's own best checkpoint so far; self:RUN: the same, from a "
+        "dense run on; none; recipe pins self (PINS), else none",
+    )
+    teacher_split: float = flag(0.0, "[0, 0.5]", "fraction of train held out to choose self's teacher on; 0: on dev")
 
     eval_every: int = flag(0, "[0, inf)", "steps between evaluations, each with a checkpoint; 0: per epoch", "running")
     log_every: int = flag(50, "[1, inf)", "steps between log lines")
@@ -111,30 +122,51 @@ class Settings:
     dtype: str = flag("auto", ("auto", "fp32", "bf16", "fp16"), "autocast; auto: bf16 or fp16 on CUDA, else fp32")
 
 
-# The published recipes, by method and then by task ("*": every other). SMP: released run scripts. Dense: Devlin et al.,
-# A.3 (batch 32, 3e-5, 3 epochs) and five epochs for the small tasks, as in the GLUE examples of `transformers`.
-_COMMON = {"max_length": 128, "dropout": 0.1, "lr": 3e-5, "weight_decay": 0.01, "score_lr": 2e-2, "reg_lambda": 400.0}
-_DENSE = _COMMON | {"density": 1.0, "epochs": 3, "batch_size": 32, "warmup": 0.1}
-_SMP = _COMMON | {"density": 0.1, "epochs": 60, "batch_size": 32, "warmup": 0.0}
-_SMP_BIG = _SMP | {"epochs": 12, "batch_size": 64}
+# The published recipes, by method and then by task ("*": every other). Fractions of a run are the published steps over
+# the steps of the run they were published for.
+_COMMON = {"max_length": 128, "dropout": 0.1, "lr": 3e-5, "weight_decay": 0.0, "warmup": 0.0, "hold": 0.0}
+_COMMON |= {"beta1": 0.85, "density": 0.1, "teacher": "none", "score_lr": 0.0, "reg_lambda": 0.0}
 _DEMO = {"max_length": 32, "dropout": 0.0}  # a language of short sentences, a model pretrained without dropout
-_SMP_TASKS = {"*": _SMP, "rte": _SMP | {"epochs": 100}} | {t: _SMP_BIG for t in ("mnli", "qnli", "qqp", "sst2")}
+# Devlin et al. A.2, A.3; five epochs for the small tasks as in the GLUE examples of `transformers`
+_DENSE = _COMMON | {"density": 1.0, "epochs": 3, "batch_size": 32, "warmup": 0.1, "weight_decay": 0.01}
+_DENSE_TASKS = {"*": _DENSE, "demo": _DENSE | _DEMO | {"lr": 5e-4}}
+_DENSE_TASKS |= {t: _DENSE | {"epochs": 5} for t in ("mrpc", "rte", "wnli")}
+# released run scripts of SMP
+_SMP = _COMMON | {"epochs": 60, "batch_size": 32, "score_lr": 2e-2, "reg_lambda": 400.0}
+_SMP_TASKS = {"*": _SMP, "rte": _SMP | {"epochs": 100}}
+_SMP_TASKS |= {t: _SMP | {"epochs": 12, "batch_size": 64} for t in ("mnli", "qnli", "qqp", "sst2")}
 _SMP_TASKS["demo"] = _SMP | _DEMO | {"epochs": 10, "batch_size": 64, "reg_lambda": 200.0}
+# movement pruning's recipe on SQuAD: 10 epochs of 5,540 steps of 16; 5,400 steps of warm-up, the last 10,800 settled
+_MOVEMENT = _COMMON | {"epochs": 10, "batch_size": 16, "warmup": 0.0975, "hold": 0.0975, "ramp": 0.7075}
+# PINS on RTE: 20 epochs of 156 steps of 16; 200 steps of warm-up, the last 1,200 settled
+_PINS = _COMMON | {"epochs": 20, "batch_size": 16, "warmup": 0.064, "hold": 0.064, "ramp": 0.551, "density": 0.2}
+
+
+def _with_demo(recipe):
+    return {"*": recipe, "demo": recipe | _DEMO | {"batch_size": 64, "lr": 5e-4, "epochs": 10}}
+
+
 RECIPES = {
-    "dense": {"*": _DENSE, "demo": _DENSE | _DEMO | {"lr": 5e-4}}
-    | {t: _DENSE | {"epochs": 5} for t in ("mrpc", "rte", "wnli")},
+    "dense": _DENSE_TASKS,
     "smp-l": _SMP_TASKS,
     "smp-s": _SMP_TASKS,
+    "magnitude": _with_demo(_MOVEMENT),
+    "movement": _with_demo(_MOVEMENT | {"score_lr": 1e-2}),
+    "soft-movement": _with_demo(_MOVEMENT | {"score_lr": 1e-2, "reg_lambda": 400.0, "density": None}),
+    "l0": _with_demo(_MOVEMENT | {"score_lr": 1e-1, "reg_lambda": 125.0, "density": None}),
+    "pins": _with_demo(_PINS | {"teacher": "self"}),
+    "platon": _with_demo(_PINS),
+    "sensitivity": _with_demo(_PINS | {"beta1": 0.0}),
 }
 
 
 def recipe(s):
     """The published value of each setting left open, for this method, task and density."""
     values = dict(RECIPES[s.method].get(s.task, RECIPES[s.method]["*"]))
-    density = values["density"] if s.density is None else s.density
+    density = values["density"] or 1.0 if s.density is None else s.density
     # N / T on MNLI: 43,632, 5,250 and 3,500 of 73,632 steps at density 0.5 and below, 0.7 and 0.8 (SMP code).
     values.setdefault("ramp", 0.593 if density <= 0.5 else 0.071 if density <= 0.7 else 0.048)
-    mnli_half = s.task == "mnli" and density == 0.5 and not s.teacher
+    mnli_half = s.task == "mnli" and density == 0.5 and s.teacher in (None, "none")
     values.setdefault("temperature_s", 4.0 if density >= 0.7 else 3.0 if mnli_half else 1.0)
     return values
 
@@ -172,11 +204,14 @@ def settings_from(given):
         if getattr(s, name) is None:
             setattr(s, name, value)
     if s.out is None:
-        s.out = f"runs/{s.task}-{s.method}-{s.density:g}-s{s.seed}"
+        kept = f"lambda{s.reg_lambda:g}" if s.density is None else f"{s.density:g}"
+        s.out = f"runs/{s.task}-{s.method}-{kept}-s{s.seed}"
     for f in fields(Settings):
         value, within = getattr(s, f.name), f.metadata["within"]
-        if isinstance(within, str) and not inside(value, within):
+        if isinstance(within, str) and value is not None and not inside(value, within):
             raise UserError(f"--{f.name.replace('_', '-')} {value}: expected a number in {within}")
+    if s.hold + s.ramp > 1:
+        raise UserError(f"--hold {s.hold} --ramp {s.ramp}: together more than the run; expected a sum of at most 1")
     return s
 
 
@@ -190,30 +225,37 @@ def lr_at(step, total_steps, warmup):
     return step / rise if step < rise else (total_steps - step) / (total_steps - rise)
 
 
-def save_checkpoint(path, model, optimizer, progress):
-    """One safetensors file with what trains and its moments; `progress` (JSON) in its header. Atomic."""
-    tensors = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
+def trained(model, method):
+    """{name: tensor}, live, of all that a step changes besides the optimizer's moments."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return parameters | {f"method.{name}": tensor for name, tensor in method.state().items()}
+
+
+def save_checkpoint(path, model, method, optimizer, teacher, progress):
+    """One safetensors file with what trains, its moments and the teacher's table; `progress` (JSON) in its header.
+    Atomic."""
+    tensors = {name: tensor.detach().cpu() for name, tensor in trained(model, method).items()}
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{key}": value.cpu() for key, value in state.items()}
+    tensors |= {} if teacher is None else {"teacher": teacher.cpu()}
     atomic_write(path, to_safetensors(tensors, metadata={"progress": json.dumps(progress)}))
 
 
-def load_checkpoint(path, model, optimizer):
-    """Put a checkpoint back; returns `progress`. UserError where the file is damaged or of another model."""
+def load_checkpoint(path, model, method, optimizer):
+    """Put a checkpoint back; returns (teacher's table or None, `progress`). UserError where the file is damaged or of
+    another model."""
     tensors, metadata = read_safetensors(path)
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    state = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, i, key = name.split(".")
-            state.setdefault(int(i), {})[key] = tensor
-    if trained.keys() != {name for name in tensors if not name.startswith("optimizer.")} or "progress" not in metadata:
+    teacher, live, state = tensors.pop("teacher", None), trained(model, method), {}
+    for name in [name for name in tensors if name.startswith("optimizer.")]:
+        _, i, key = name.split(".")
+        state.setdefault(int(i), {})[key] = tensors.pop(name)
+    if live.keys() != tensors.keys() or "progress" not in metadata:
         raise UserError(f"{path}: holds other tensors than this run trains; start anew in another --out")
     with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(tensors[name])
+        for name, tensor in live.items():
+            tensor.copy_(tensors[name])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return json.loads(metadata["progress"])
+    return teacher, json.loads(metadata["progress"])
 
 
 class Log:
@@ -265,23 +307,30 @@ def show(metrics):
     return "  ".join(f"{name} {100 * value:.2f}" for name, value in metrics.items())
 
 
-def load_teacher(s, task, tokenizer, train_set, dev_sets, device, dtype, log):
-    """The teacher's logits (N, K) on the training set or, of a regression task, its scores (N,): computed once, since
-    they depend on nothing but the example (dropout off). Its label order is checked and its dev score printed."""
-    teacher, teacher_task, teacher_tokenizer, theirs = load_run(s.teacher)
+def targets(model, task, dataset, device, dtype):
+    """What a teacher says of each example: logits (N, K) or, of a regression task, scores (N,). Dropout is off and the
+    batches of `predict` are always the same, so that this is a function of the teacher alone."""
+    logits = predict(model, dataset, device, dtype)
+    return (to_score(logits, task.low, task.high) if task.regression else logits).to(device)
+
+
+def load_teacher(run, s, task, tokenizer, train_set, judges, device, dtype, log):
+    """(targets, metrics) of a dense run on the training set, computed once. Its label order is checked; `judges`
+    {suffix: dataset} are what its score is of."""
+    teacher, teacher_task, teacher_tokenizer, theirs = load_run(run)
     if theirs["method"] != "dense":
-        raise UserError(f"--teacher {s.teacher}: a {theirs['method']} run; expected a dense one")
+        raise UserError(f"--teacher {run}: a {theirs['method']} run; expected a dense one")
     if (teacher_task.name, teacher_task.labels) != (task.name, task.labels):
         raise UserError(
-            f"--teacher {s.teacher}: trained on {teacher_task.name} with labels {list(teacher_task.labels)}; "
+            f"--teacher {run}: trained on {teacher_task.name} with labels {list(teacher_task.labels)}; "
             f"this run is on {task.name} with labels {list(task.labels)}"
         )
     if teacher_tokenizer.to_str() != tokenizer.to_str():
-        raise UserError(f"--teacher {s.teacher}: its tokenizer differs from that of {s.model}")
+        raise UserError(f"--teacher {run}: its tokenizer differs from that of {s.model}")
     teacher.to(device)
-    log.say(f"teacher {s.teacher}: {show(evaluate(teacher, task, dev_sets, device, dtype))}")
-    logits = predict(teacher, train_set, device, dtype)
-    return (to_score(logits, task.low, task.high) if task.regression else logits).to(device)
+    metrics = evaluate(teacher, task, judges, device, dtype)
+    log.say(f"teacher {run}: {show(metrics)}")
+    return targets(teacher, task, train_set, device, dtype), metrics
 
 
 def train(s, resume=False, command=""):
@@ -321,12 +370,14 @@ def train(s, resume=False, command=""):
     dev_sets = load_dev(task, tokenizer, s.max_length, s.data_dir)
     if rank == 0 and world > 1:
         dist.barrier()
+    held = {}  # part of train to choose the teacher on; else that is dev
+    if s.teacher_split:
+        train_set, held[""] = train_set.split(s.teacher_split, s.seed)
     steps_per_epoch = math.ceil(len(train_set) / s.batch_size)
     total_steps = s.max_steps or s.epochs * steps_per_epoch
     eval_every = s.eval_every or steps_per_epoch
     model.to(device)
     method = Method(model, s, total_steps)
-    teacher = load_teacher(s, task, tokenizer, train_set, dev_sets, device, dtype, log) if s.teacher else None
     optimizer = torch.optim.AdamW(method.groups(), fused=device.type in ("cpu", "cuda"))
     peaks = [group["lr"] for group in optimizer.param_groups]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
@@ -334,11 +385,18 @@ def train(s, resume=False, command=""):
 
     # progress: what a checkpoint remembers besides tensors
     progress = {"step": 0, "best": None, "seconds": 0.0, "eval_seconds": 0.0, "loss_sum": 0.0, "loss_steps": 0}
+    teacher, itself = None, s.teacher.split(":")[0] == "self"
+    progress["teacher"] = None  # of `self`: the score to beat
     if resume and (out / "checkpoint.safetensors").exists():
-        progress = load_checkpoint(out / "checkpoint.safetensors", model, optimizer)
+        teacher, progress = load_checkpoint(out / "checkpoint.safetensors", model, method, optimizer)
+        teacher = None if teacher is None else teacher.to(device)
         scaler.load_state_dict(progress["scaler"])
         log.say(f"resumed {out} at step {progress['step']}")
-    elif rank == 0:
+    elif teacher_run := {"none": "", "self": ""}.get(s.teacher, s.teacher.removeprefix("self:")):
+        judges = held or dev_sets
+        teacher, judged = load_teacher(teacher_run, s, task, tokenizer, train_set, judges, device, dtype, log)
+        progress["teacher"] = judged[task.metrics[0]]
+    if progress["step"] == 0 and rank == 0:
         about = {"settings": asdict(s), "labels": list(task.labels), "outputs": outputs, "words": words}
         about |= {"command": command, "git_commit": git_commit(), "model_sha256": model_sha256(source)}
         about |= {"dtype": dtype, "device": str(device), "world_size": world, "threads": torch.get_num_threads()}
@@ -365,7 +423,7 @@ def train(s, resume=False, command=""):
         progress["step"], progress["seconds"] = step, seconds_before + time.perf_counter() - started
         progress["loss_sum"], progress["scaler"] = float(loss_sum), scaler.state_dict()
         if rank == 0:
-            save_checkpoint(out / "checkpoint.safetensors", model, optimizer, progress)
+            save_checkpoint(out / "checkpoint.safetensors", model, method, optimizer, teacher, progress)
 
     def save(folder):
         if rank == 0:
@@ -406,10 +464,10 @@ def train(s, resume=False, command=""):
             losses = task_loss(logits, labels, task.low, task.high)  # (B,)
             if teacher is not None:
                 rows = teacher[torch.from_numpy(part).to(device, non_blocking=True)]
-                if task.regression:
+                if task.regression:  # the teacher's score beside the label; a squared error has no entropy to weigh by
                     losses = 0.5 * losses + 0.5 * task_loss(logits, rows, task.low, task.high)
                 else:
-                    losses = distill(losses, logits, rows)
+                    losses = (self_distill if itself else distill)(losses, logits, rows)
             loss = losses.sum() * weight  # the mean over the global batch, once DistributedDataParallel has averaged
             with net.no_sync() if world > 1 and i < len(parts) - 1 else contextlib.nullcontext():
                 scaler.scale(loss).backward()
@@ -417,6 +475,7 @@ def train(s, resume=False, command=""):
         scaler.unscale_(optimizer)
         regulariser = method.penalise(step)
         norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], s.clip)
+        method.observe(step, optimizer.param_groups[0]["lr"])
         finite = torch.isfinite(loss if dtype == "fp16" else loss + norm)  # fp16: the scaler skips infinite gradients
         bad_step = torch.where(finite, bad_step, bad_step.clamp(max=step))
         if device.type == "cpu":  # elsewhere reading it would wait for the device: when logging is soon enough
@@ -452,7 +511,7 @@ def train(s, resume=False, command=""):
             log.row(step=step, density=method.achieved(), metrics=metrics)
             log.say(f"{100 * step / total_steps:5.1f}%  step {step}/{total_steps}  dev: {show(metrics)}")
             main = task.metrics[0]
-            if method.density(step) == method.density(total_steps):  # at the final density only
+            if method.settled(step) or step == total_steps:  # at the final density only
                 if progress["best"] is None or metrics[main] > progress["best"]["metrics"][main]:
                     progress["best"] = {"metrics": metrics, "step": step}
                     save(out / "best")
@@ -460,6 +519,13 @@ def train(s, resume=False, command=""):
             progress["metrics"] = metrics
             progress["eval_seconds"] += spent
             logged_at += spent
+            judged = evaluate(model, task, held, device, dtype) if itself and held else metrics
+            best = progress["teacher"]
+            if itself and step < total_steps and (best is None or judged[main] > best):
+                progress["teacher"] = judged[main]
+                teacher = targets(model, task, train_set, device, dtype)
+                log.row(step=step, teacher=judged[main])
+                log.say(f"{100 * step / total_steps:5.1f}%  step {step}/{total_steps}  teaches itself from here")
             checkpoint(step)
         if stop:
             checkpoint(step)

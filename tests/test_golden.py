@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import eval as evaluation
-from model import load_model, task_loss
-from prune import METHODS, MaskedLinear, density_at, distill, penalty_at
+from model import Bert, BertConfig, load_model, task_loss
+from prune import MATRICES, METHODS, HardConcreteLinear, MaskedLinear, add_penalty, cubic_at, distill, self_distill
 from train import lr_at
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -51,6 +51,7 @@ RUNS = {
 def test_smp_run(name):
     expected, steps = golden(name), 40
     settings = {"ramp": 30 / 40, "reg_lambda": 400.0, "temperature_s": 1.0, "score_lr": 2e-2, "redistribute": False}
+    settings |= {"hold": 0.0, "lr": 0.0, "weight_decay": 0.0}
     settings = SimpleNamespace(**settings | RUNS[name])
     words = golden("batches")["label_words"].tolist()
     # in float64, since Adam's first step, g / (|g| + 1e-8), is all rounding where g is about 1e-8, as one here is
@@ -72,15 +73,15 @@ def test_smp_run(name):
         loss = ce
         if "kd" in name:
             loss = distill(ce, logits, teacher.double())
-            assert abs(float((2 * loss - ce).mean()) - expected["kd"][step]) < 1e-4
+            assert abs(float((2 * loss - ce).detach().mean()) - expected["kd"][step]) < 1e-4
         loss.mean().backward()
         regulariser = method.penalise(step)
         norm = torch.nn.utils.clip_grad_norm_([m.scores for m in modules.values()], 1.0)
-        clipped += float(norm) > 1
+        clipped += bool(norm > 1)
         optimizer.param_groups[0]["lr"] = settings.score_lr * lr_at(step, steps, 0.0)
 
         assert abs(method.density(step) - expected["density"][step]) < 1e-6
-        assert abs(penalty_at(step, settings.reg_lambda, steps) - expected["reg_lambda"][step]) < 1e-6
+        assert abs(cubic_at(step, 0.0, settings.reg_lambda, 0, steps) - expected["reg_lambda"][step]) < 1e-6
         assert abs(optimizer.param_groups[0]["lr"] - expected["lr"][step]) < 1e-6
         assert abs(float(ce.detach().mean()) - expected["ce"][step]) < 1e-4
         assert abs(float(regulariser) - expected["reg"][step]) < 1e-4
@@ -102,15 +103,108 @@ def test_smp_run(name):
         assert key.endswith(".scores") or torch.equal(tensor, before[key])
 
 
-def test_schedule():
-    """The value of the movement code's schedule run as SMP runs it: no warm-up, the last 400 of 1000 steps flat."""
-    expected = golden("schedules")["smp/value"]
-    assert max(abs(density_at(t, 0.03, 600) - v) for t, v in enumerate(expected)) < 1e-6
+# name: first and last value, first and last step of the ramp; of 1000 steps
+SCHEDULES = {"mvp": (1.0, 0.1, 100, 800), "smvp": (0.0, 0.1, 100, 800), "smp": (1.0, 0.03, 0, 600)}
 
 
-def test_regulariser():
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule(name):
+    """Density of hard movement pruning, tau of soft, and the movement code's schedule as SMP runs it."""
+    first, last, start, end = SCHEDULES[name]
+    for step, value in enumerate(golden("schedules")[f"{name}/value"]):
+        assert abs(cubic_at(step, first, last, start, end) - value) < 1e-6
+        if name == "smvp":  # lambda follows tau
+            assert abs(400 * cubic_at(step, *SCHEDULES[name]) / 0.1 - golden("schedules")["smvp/lambda"][step]) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["l1", "l0"])
+def test_regulariser(name):
     expected = golden("regularizers")
-    assert abs(float(torch.sigmoid(torch.from_numpy(expected["scores"])).mean()) - expected["l1"]) < 1e-6
+    linear = MaskedLinear(torch.nn.Linear(16, 24))
+    with torch.no_grad():
+        linear.scores.copy_(torch.from_numpy(expected["scores"]))
+    linear.scores.grad = torch.zeros_like(linear.scores)
+    shift = {"l1": 0.0, "l0": METHODS["l0"].shift}[name]
+    with torch.no_grad():
+        assert abs(float(add_penalty([linear], 1.0, shift)) - expected[name]) < 1e-6
+
+
+MASKS = {"topK_0.25": "movement", "topK_0.03": "movement", "magnitude_0.25": "magnitude", "l0_1.0": "l0"}
+MASKS |= {"sigmoied_threshold_0.6": "soft-movement", "sigmoied_threshold_0.99": "soft-movement"}  # 0.99: the 0.5% floor
+
+
+@pytest.mark.parametrize("key", MASKS)
+def test_masked_linear(key):
+    """Mask, output and every gradient of one 16 -> 24 layer, made by the method's own update."""
+    expected, threshold = golden("masked_linear"), float(key.rpartition("_")[2])
+    config = BertConfig(vocab_size=9, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=24)
+    settings = {"hold": 0.0, "ramp": 0.5, "density": threshold, "lr": 0.0, "score_lr": 0.0, "seed": 0}
+    method = METHODS[MASKS[key]](Bert(config, "classifier", 2), SimpleNamespace(**settings), 10)
+    method.threshold = threshold  # tau
+    (layer,) = method.masked["U"]
+    with torch.no_grad():
+        for name in ("weight", "bias", "scores"):
+            if getattr(layer, name) is not None:
+                getattr(layer, name).copy_(torch.from_numpy(expected[name]))
+    method.update(10)
+    x = torch.from_numpy(expected["x"]).requires_grad_()
+    y = layer.eval()(x)
+    y.backward(torch.from_numpy(expected["grad_out"]))
+    mask = layer.gate() if isinstance(layer, HardConcreteLinear) else layer.mask
+    values = {"mask": mask, "y": y, "grad_x": x.grad, "grad_weight": layer.weight.grad}
+    if layer.scores is not None:
+        values["grad_scores"] = layer.scores.grad
+    for name, value in values.items():
+        assert np.abs(value.detach().numpy() - expected[f"{key}/{name}"]).max() < 1e-6, name
+    assert {f"{key}/{name}" for name in values} == {name for name in expected if name.startswith(key)}
+
+
+@pytest.mark.parametrize("name, window, beta2", [("nobias", 10, 0.99), ("every_step", 1, 0.85)])
+def test_pins_run(name, window, beta2):
+    """120 steps of the release under plain SGD: what is kept at every step, where it cuts, and all it remembers."""
+    expected, steps = golden(f"pins_release_{name}"), 120
+    config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=2, num_attention_heads=1, intermediate_size=16)
+    settings = {"hold": 10 / 120, "ramp": 80 / 120, "density": 0.2, "beta1": 0.85, "beta2": beta2}
+    model = Bert(config, "classifier", 2)
+    method = METHODS["pins"](model, SimpleNamespace(**settings, pins_window=window, pins_score="absolute"), steps)
+    weights = {f"encoder.layer.{i}.{m}.weight": None for i in range(2) for m in MATRICES.values()}
+    weights = {key: model.bert.get_parameter(key) for key in weights}
+    cuts = []
+    with torch.no_grad():
+        for key, weight in weights.items():
+            weight.copy_(torch.from_numpy(expected[f"init/{key}"]))
+        for step in range(steps):
+            for key, weight in weights.items():
+                weight.grad = torch.from_numpy(expected[f"grad/{key}"][step])
+            lr = expected["lr"][step]
+            method.observe(step, lr)
+            cut = np.nan if method.mask is None else float(method.importance()[method.mask].min())
+            cuts.append(cut)
+            for weight in weights.values():
+                weight -= lr * weight.grad
+            method.update(step + 1)
+            assert method.density(step + 1) == pytest.approx(expected["density"][step], abs=1e-12)
+            assert round(method.achieved() * sum(method.sizes)) == expected["kept"][step], step
+    assert np.allclose(cuts, expected["cut"], rtol=1e-5, atol=0, equal_nan=True)
+    order = {id(weight): i for i, weight in enumerate(method.weights)}
+    for key, weight in weights.items():
+        place = order[id(weight)]
+        assert np.abs(weight.detach().numpy() - expected[f"final/{key}"]).max() < 1e-6
+        for ours, theirs in (("ema", "ema"), ("unc", "unc")):
+            value = getattr(method, ours).split(method.sizes)[place].view_as(weight).numpy()
+            assert np.allclose(value, expected[f"{theirs}/{key}"], rtol=1e-5, atol=0), (ours, key)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_self_regularisation(classes):
+    expected = golden("pins_self_regularization")
+    read = {name: torch.from_numpy(expected[f"{classes}/{name}"]) for name in ("student", "teacher", "labels")}
+    ce = task_loss(read["student"], read["labels"], 0, 1)
+    losses = self_distill(ce, read["student"], read["teacher"])
+    alpha, distilled = expected[f"{classes}/alpha"], expected[f"{classes}/distill"]
+    assert np.abs(ce.numpy() - expected[f"{classes}/ce"]).max() < 1e-6
+    assert np.abs(losses.numpy() - (alpha * distilled + (1 - alpha) * expected[f"{classes}/ce"])).max() < 1e-6
+    assert abs(float(losses.mean()) - expected[f"{classes}/loss"]) < 1e-6
 
 
 def test_glue_metrics():

@@ -13,10 +13,10 @@ from torch import nn
 
 import prune
 from model import Bert, BertConfig, load_model
-from prune import METHODS, MaskedLinear, density_at, distill, penalty_at, share_out, top_k_mask, top_k_masks
+from prune import METHODS, MaskedLinear, cubic_at, distill, share_out, top_k_mask, top_k_masks
 
 TINY = Path(__file__).parent / "golden" / "tiny-bert"
-SETTINGS = {"density": 0.1, "ramp": 0.5, "reg_lambda": 400.0, "temperature_s": 1.0, "redistribute": True}
+SETTINGS = {"density": 0.1, "hold": 0.0, "ramp": 0.5, "reg_lambda": 400.0, "temperature_s": 1.0, "redistribute": True}
 SETTINGS |= {"score_lr": 2e-2, "lr": 1e-3, "weight_decay": 0.01}
 
 
@@ -120,18 +120,18 @@ def test_penalty_gradient_is_autograds():
     value = m.penalise(7)
     by_hand = [linear.scores.grad.clone() for linear in m.linears]
     r = torch.stack([torch.sigmoid(linear.scores).mean() for linear in m.linears]).mean()
-    automatic = torch.autograd.grad(penalty_at(7, 400.0, 20) * r, [linear.scores for linear in m.linears])
+    automatic = torch.autograd.grad(cubic_at(7, 0.0, 400.0, 0, 20) * r, [linear.scores for linear in m.linears])
     assert torch.allclose(value, r)
     for ours, theirs in zip(by_hand, automatic, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-9)
 
 
 def test_schedules():
-    density = [density_at(t, 0.1, 60) for t in range(101)]
+    density = [cubic_at(t, 1.0, 0.1, 0, 60) for t in range(101)]
     assert density[0] == 1.0 and density[60] == density[100] == 0.1
     assert all(a > b for a, b in zip(density[:60], density[1:61], strict=True))
     assert density[30] == pytest.approx(0.1 + 0.9 / 8)  # half-way, an eighth of the way left
-    penalty = [penalty_at(t, 400.0, 100) for t in range(101)]
+    penalty = [cubic_at(t, 0.0, 400.0, 0, 100) for t in range(101)]
     assert penalty[0] == 0 and penalty[100] == 400 and penalty == sorted(penalty)
 
 
