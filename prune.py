@@ -430,14 +430,14 @@ class SoftMovement(Movement):
 
     def steer(self, step, weight):
         """lambda: the published `weight` or, with a density asked for, that times sinh(5 e + 50 * integral of e over
-        the run), e = log(density / cubic_at): a PI controller; sinh, to reach orders of magnitude either way."""
+        the run), e = log(density / cubic_at): a PI controller; sinh, for orders of magnitude either way (up to 74)."""
         if self.settings.density is None:
             return weight
         target = cubic_at(step, 1.0, self.settings.density, self.start, self.end)
         error = (self.kept() / (target * sum(linear.weight.numel() for linear in self.linears))).log()
         if step > self.start:
-            self.integral += error / self.total_steps
-        return weight * (5 * error + 50 * self.integral).sinh()
+            self.integral.add_(error / self.total_steps).clamp_(-0.1, 0.1)
+        return weight * (5 * error + 50 * self.integral).clamp(-5, 5).sinh()
 
     def state(self):
         return {"integral": self.integral}
