@@ -58,13 +58,13 @@ def same(a, b):
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    for method in ("dense", "smp-s"):
-        run(tiny, folder / method, "--method", method)
+    for method in prune.METHODS:
+        run(tiny, folder / method, "--method", method, "--lr", 1e-3)
     return folder
 
 
 def test_run_folder(tiny, finished):
-    for method in ("dense", "smp-s"):
+    for method in prune.METHODS:
         out = finished / method
         result = json.loads((out / "result.json").read_text())
         assert list(result) == RESULT
@@ -78,9 +78,12 @@ def test_run_folder(tiny, finished):
         assert [row["step"] for row in log if "loss" in row] == list(range(1, 27))
         assert [row["step"] for row in log if "metrics" in row] == [13, 26]
         assert log[-1]["metrics"] == result["metrics"]
-    n = sum(x.numel() for name, x in load_file(finished / "smp-s/scores.safetensors").items() if "mask" in name)
-    assert abs(result["achieved_density"] - 0.1) < 18 / n
-    assert next(row for row in log if "loss" in row)["density"] > 0.8
+        lines, kept, total = evaluation.density_table(evaluation.load_run(out)[0])
+        assert kept == round(result["achieved_density"] * total)  # counted in the file, zeros that are zeros
+    out = finished / "smp-s"
+    n = sum(x.numel() for name, x in load_file(out / "scores.safetensors").items() if "mask" in name)
+    assert abs(json.loads((out / "result.json").read_text())["achieved_density"] - 0.1) < 18 / n
+    assert rows(out)[0]["density"] > 0.8
 
 
 def test_pretrained_weights_do_not_move(tiny, finished):
@@ -97,18 +100,18 @@ def test_pretrained_weights_do_not_move(tiny, finished):
 
 
 def test_same_seed_same_run(tiny, finished, tmp_path):
-    run(tiny, tmp_path / "again", "--method", "smp-s")
+    run(tiny, tmp_path / "again", "--method", "smp-s", "--lr", 1e-3)
     same(tmp_path / "again", finished / "smp-s")
     run(tiny, tmp_path / "other", "--method", "smp-s", "--seed", 1)
     a, b = (load_file(f / "scores.safetensors") for f in (tmp_path / "other", finished / "smp-s"))
     assert any(not torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("method", ["dense", "smp-s"])
+@pytest.mark.parametrize("method", ["dense", "smp-s", "l0", "pins"])
 def test_killed_and_resumed_is_uninterrupted(tiny, finished, tmp_path, method):
     """kill -9 at random moments, a torn log line, a stray temporary file: the same run in the end, bit for bit."""
     out = tmp_path / "run"
-    flags = [*tiny, "--method", method, "--out", str(out)]
+    flags = [*tiny, "--method", method, "--lr", "1e-3", "--out", str(out)]
     command = [sys.executable, str(ROOT / "train.py"), *flags, "--resume"]
     moments = random.Random(method)
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -139,7 +142,7 @@ def test_terminated_run_saves_first(tiny, finished, tmp_path, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(prune.SMPShared, "update", interrupt)
-        assert train.main([*tiny, "--out", str(out)]) == 128 + signal.SIGTERM
+        assert train.main([*tiny, "--lr", "1e-3", "--out", str(out)]) == 128 + signal.SIGTERM
     assert rows(out)[-1]["step"] == 7 and not (out / "result.json").exists()
     assert train.main(["--out", str(out), "--resume"]) == 0
     same(out, finished / "smp-s")
@@ -191,6 +194,86 @@ def test_teacher(tiny, finished, tmp_path, capsys):
     assert rows(out)[0]["loss"] == pytest.approx(float(loss.mean()), abs=1e-5)
 
 
+def test_every_method_takes_a_teacher(tiny, finished, tmp_path):
+    for method in ("movement", "l0", "pins"):
+        run(tiny, tmp_path / method, "--method", method, "--teacher", finished / "dense", "--max-steps", 2)
+        taught = load_file(tmp_path / method / "checkpoint.safetensors")["teacher"]
+        assert taught.shape == (203, 2) and torch.equal(taught, taught_by(finished / "dense" / "model", finished))
+
+
+def taught_by(folder, finished, batch_size=128):
+    """The logits of the classifier in `folder` on train, computed anew."""
+    _, task, tokenizer, s = evaluation.load_run(finished / "dense")
+    data = load_dataset(task, "train", tokenizer, s["max_length"], s["data_dir"])
+    model = load_model(folder, "classifier", 2, new_head=False)
+    return evaluation.predict(model, data, torch.device("cpu"), "fp32", batch_size)
+
+
+def test_self_teacher_is_its_best_checkpoint(tiny, finished, tmp_path, monkeypatch):
+    """A new teacher at each better evaluation and at no other; its table is, bit for bit, what the checkpoint says of
+    each example in the same batches, to 1e-5 in others, also after a resume; and each is computed once."""
+    tables, table_of = [], train.targets
+
+    def noted(model, *rest):
+        folder = tmp_path / f"teacher-{len(tables)}"
+        train.save_model(folder, model, train.baked_state(model), tiny[1], ("no", "yes"))
+        tables.append(table_of(model, *rest))
+        return tables[-1]
+
+    update = prune.Pins.update
+
+    def interrupt(self, step):
+        update(self, step)
+        if step == 6:
+            signal.raise_signal(signal.SIGTERM)
+
+    flags = [*tiny, *"--method pins --lr 3e-4 --seed 1 --eval-every 1 --dropout 0 --out".split()]
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "targets", noted)
+        assert train.main([*flags, str(out)]) == 0
+        assert len(tables) >= 4
+        log, best, steps = rows(out), -1.0, []
+        for row in log:
+            if "metrics" in row and row["metrics"]["accuracy"] > best and row["step"] < 26:
+                best = row["metrics"]["accuracy"]
+                steps.append(row["step"])
+        assert [row["step"] for row in log if "teacher" in row] == steps and len(tables) == len(steps)
+        for i, table in enumerate(tables):
+            assert torch.equal(table, taught_by(tmp_path / f"teacher-{i}", finished))
+            assert (table - taught_by(tmp_path / f"teacher-{i}", finished, 7)).abs().max() < 1e-5
+        assert torch.equal(load_file(out / "checkpoint.safetensors")["teacher"], tables[-1])
+        computed = len(tables)
+        patch.setattr(prune.Pins, "update", interrupt)
+        assert train.main([*flags, str(tmp_path / "again")]) == 128 + signal.SIGTERM
+        before = len(tables) - computed
+        patch.setattr(prune.Pins, "update", update)
+        assert train.main([*flags, str(tmp_path / "again"), "--resume"]) == 0
+        assert len(tables) == 2 * computed and before > 0
+    same(out, tmp_path / "again")
+    run(tiny, tmp_path / "none", *flags[len(tiny) : -1], "--teacher", "none")
+    losses = [[row["loss"] for row in rows(f) if "loss" in row] for f in (out, tmp_path / "none")]
+    assert losses[0][: steps[0]] == losses[1][: steps[0]] and losses[0][steps[0]] != losses[1][steps[0]]
+
+
+def test_self_teacher_from_a_dense_run_on_a_held_out_part(tiny, finished, tmp_path):
+    """`self:RUN` is taught by the run until it is better itself; what is held out of train is not trained on."""
+    flags = ("--method", "pins", "--teacher", f"self:{finished / 'dense'}", "--teacher-split", 0.2, "--lr", 1e-7)
+    run(tiny, tmp_path / "out", *flags)
+    table = load_file(tmp_path / "out" / "checkpoint.safetensors")["teacher"]
+    everything = taught_by(finished / "dense" / "model", finished)
+    assert not [row for row in rows(tmp_path / "out") if "teacher" in row]  # a student that stands still is not better
+    _, task, tokenizer, s = evaluation.load_run(finished / "dense")
+    data = load_dataset(task, "train", tokenizer, s["max_length"], s["data_dir"])
+    rest, held = data.split(0.2, 0)
+    assert (len(table), len(rest), len(held)) == (162, 162, 41)
+    texts = [[tuple(d.ids[d.starts[i] : d.starts[i + 1]]) for i in range(len(d))] for d in (data, rest, held)]
+    assert sorted(texts[0]) == sorted(texts[1] + texts[2])
+    where = [texts[0].index(text) for text in texts[1]]
+    assert (table - everything[where]).abs().max() < 1e-5
+    assert np.array_equal(data.labels[where], rest.labels) and np.array_equal(data.second[where], rest.second)
+
+
 def test_learning_rate():
     factors = [lr_at(t, 100, 0.1) for t in range(100)]
     assert factors[0] == 0 and factors[10] == 1 and factors[55] == pytest.approx(0.5) and factors[99] == 1 / 90
@@ -214,14 +297,27 @@ def test_recipes_are_the_published_ones():
     assert of(task="mnli", density=0.5, teacher="x").temperature_s == 1
     assert of(task="cola", method="dense").density == 1 and of(task="cola", score_lr=0.5).score_lr == 0.5
 
+    s = of(task="mnli", method="movement")  # published for SQuAD: 55,400 steps
+    assert (s.epochs, s.batch_size, s.lr, s.score_lr) == (10, 16, 3e-5, 1e-2)
+    assert abs(s.warmup * 55_400 - 5_400) < 5 and s.hold == s.warmup
+    assert abs((1 - s.hold - s.ramp) * 55_400 - 10_800) < 10
+    soft, l0 = of(task="mnli", method="soft-movement"), of(task="mnli", method="l0")
+    assert (soft.density, soft.reg_lambda, l0.density, l0.reg_lambda, l0.score_lr) == (None, 400.0, None, 125.0, 0.1)
+    s, steps = of(task="rte", method="pins"), 20 * 156
+    assert (s.epochs, s.batch_size, s.lr, s.density, s.teacher) == (20, 16, 3e-5, 0.2, "self")
+    assert (s.beta1, s.beta2, s.pins_window) == (0.85, 0.99, 10)
+    assert abs(s.warmup * steps - 200) < 1 and s.hold == s.warmup and abs((1 - s.hold - s.ramp) * steps - 1_200) < 2
+
 
 def test_evaluation_agrees_with_the_run(tiny, finished, capsys):
     """The saved folder, read by code that knows no masks, scores what the run measured in training."""
-    for method in ("dense", "smp-s"):
+    for method in prune.METHODS:
         result = json.loads((finished / method / "result.json").read_text())
         model, task, tokenizer, s = evaluation.load_run(finished / method)
         dev = evaluation.load_dev(task, tokenizer, s["max_length"], s["data_dir"])
         assert evaluation.evaluate(model, task, dev, torch.device("cpu"), "fp32") == result["metrics"]
+        if method not in ("dense", "smp-s"):
+            continue
         assert evaluation.main([str(finished / method), "--data-dir", s["data_dir"]]) == 0
         assert f"accuracy     {100 * result['metrics']['accuracy']:.2f}" in capsys.readouterr().out
 
