@@ -146,10 +146,9 @@ def _with_demo(recipe):
     return {"*": recipe, "demo": recipe | _DEMO | {"batch_size": 64, "lr": 5e-4, "epochs": 10}}
 
 
-RECIPES = {
+RECIPES = {  # a method that is not here has its parent's
     "dense": _DENSE_TASKS,
     "smp-l": _SMP_TASKS,
-    "smp-s": _SMP_TASKS,
     "magnitude": _with_demo(_MOVEMENT),
     "movement": _with_demo(_MOVEMENT | {"score_lr": 1e-2}),
     "soft-movement": _with_demo(_MOVEMENT | {"score_lr": 1e-2, "reg_lambda": 400.0, "density": None}),
@@ -162,7 +161,9 @@ RECIPES = {
 
 def recipe(s):
     """The published value of each setting left open, for this method, task and density."""
-    values = dict(RECIPES[s.method].get(s.task, RECIPES[s.method]["*"]))
+    names = {Method: name for name, Method in METHODS.items() if name in RECIPES}
+    tasks = RECIPES[next(names[Method] for Method in METHODS[s.method].__mro__ if Method in names)]
+    values = dict(tasks.get(s.task, tasks["*"]))
     density = values["density"] or 1.0 if s.density is None else s.density
     # N / T on MNLI: 43,632, 5,250 and 3,500 of 73,632 steps at density 0.5 and below, 0.7 and 0.8 (SMP code).
     values.setdefault("ramp", 0.593 if density <= 0.5 else 0.071 if density <= 0.7 else 0.048)
