@@ -75,7 +75,9 @@ class Settings:
     task: str = flag("demo", None, f"one of {' '.join(name for name in TASKS if name != 'ax')}")
     task_file: str = flag(None, None, "your own task: a JSON file, see README")
     method: str = flag("smp-s", tuple(METHODS), "how to prune")
-    density: float = flag(None, "(0, 1]", "fraction kept of the encoder's matrices; recipe 0.1, pins 0.2")
+    density: float = flag(
+        None, "(0, 1]", "fraction kept of the encoder's matrices; recipe 0.1, pins 0.2, soft-movement, l0: by lambda"
+    )
     out: str = flag(None, None, "run folder; default runs/TASK-METHOD-DENSITY-sSEED")
     resume: bool = flag(False, None, "continue the run in --out, bit-exactly, from its last checkpoint")
 
@@ -512,8 +514,9 @@ def train(s, resume=False, command=""):
             log.row(step=step, density=method.achieved(), metrics=metrics)
             log.say(f"{100 * step / total_steps:5.1f}%  step {step}/{total_steps}  dev: {show(metrics)}")
             main = task.metrics[0]
-            if method.settled(step) or step == total_steps:  # at the final density only
-                if progress["best"] is None or metrics[main] > progress["best"]["metrics"][main]:
+            best = progress["best"]
+            if method.settled(step) or (step == total_steps and best is None):  # at the final density only
+                if best is None or metrics[main] > best["metrics"][main]:
                     progress["best"] = {"metrics": metrics, "step": step}
                     save(out / "best")
             spent = time.perf_counter() - eval_started
@@ -521,8 +524,8 @@ def train(s, resume=False, command=""):
             progress["eval_seconds"] += spent
             logged_at += spent
             judged = evaluate(model, task, held, device, dtype) if itself and held else metrics
-            best = progress["teacher"]
-            if itself and step < total_steps and (best is None or judged[main] > best):
+            beat = progress["teacher"]
+            if itself and step < total_steps and (beat is None or judged[main] > beat):
                 progress["teacher"] = judged[main]
                 teacher = targets(model, task, train_set, device, dtype)
                 log.row(step=step, teacher=judged[main])

@@ -60,6 +60,10 @@ QUERY = "bert.encoder.layer.1.attention.self.query.weight"
         (["--epochs", "0"], ["--epochs 0", "[1, inf)"]),
         (["--epochs", "two"], ["--epochs", "two"]),
         (["--ramp", "0"], ["--ramp"]),
+        (["--hold", "0.5", "--ramp", "0.6"], ["--hold 0.5", "--ramp 0.6"]),
+        (["--method", "pins", "--pins-score", "unsigned"], ["unsigned", "signed"]),
+        (["--method", "pins", "--teacher-split", "0.6"], ["--teacher-split 0.6", "[0, 0.5]"]),
+        (["--method", "pins", "--teacher", "self:nowhere"], ["nowhere"]),
         (["--max-length", "33"], ["--max-length", "32"]),  # more than the model has positions
     ],
 )
