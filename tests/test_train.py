@@ -256,6 +256,26 @@ def test_self_teacher_is_its_best_checkpoint(tiny, finished, tmp_path, monkeypat
     assert losses[0][: steps[0]] == losses[1][: steps[0]] and losses[0][steps[0]] != losses[1][steps[0]]
 
 
+def test_self_teacher_of_scores(tiny, tmp_path):
+    """A regression task: half the squared error to the label, half that to the teacher, at first the student itself."""
+    source = Path(tiny[3]).parent
+    for split in ("train", "dev"):
+        lines = (source / f"{split}.tsv").read_text().replace("\tyes\n", "\t4.5\n").replace("\tno\n", "\t1.5\n")
+        (tmp_path / f"{split}.tsv").write_text(lines)
+    task = json.loads(Path(tiny[3]).read_text())
+    del task["labels"]
+    (tmp_path / "task.json").write_text(json.dumps(task | {"range": [0, 5], "metric": ["pearson", "spearman"]}))
+    flags = [*tiny[:3], str(tmp_path / "task.json"), *tiny[4:]]
+    run(flags, tmp_path / "out", *"--method pins --dropout 0 --max-steps 3 --eval-every 2".split())
+    log, table = rows(tmp_path / "out"), load_file(tmp_path / "out" / "checkpoint.safetensors")["teacher"]
+    _, task, tokenizer, s = evaluation.load_run(tmp_path / "out")
+    data = load_dataset(task, "train", tokenizer, s["max_length"], s["data_dir"])
+    batch = batches(data.lengths, s["batch_size"], s["seed"], 0)[2]
+    error = (table[batch] - torch.from_numpy(data.labels[batch])) ** 2
+    assert table.shape == (203,) and [row["step"] for row in log if "teacher" in row] == [2]
+    assert [row["loss"] for row in log if "loss" in row][2] == pytest.approx(0.5 * float(error.mean()), rel=1e-4)
+
+
 def test_self_teacher_from_a_dense_run_on_a_held_out_part(tiny, finished, tmp_path):
     """`self:RUN` is taught by the run until it is better itself; what is held out of train is not trained on."""
     flags = ("--method", "pins", "--teacher", f"self:{finished / 'dense'}", "--teacher-split", 0.2, "--lr", 1e-7)
