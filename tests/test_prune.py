@@ -202,6 +202,7 @@ def test_baked_forward_is_masked_forward():
     assert all(torch.equal(a, b) for a, b in zip(prune.baked_state(plain).values(), state.values(), strict=True))
     names = [n.removesuffix("scores") + "weight" for n in m.scores() if n.endswith("scores")]
     zeros = sum(int((state[name] == 0).sum()) for name in names)
+    assert not any(bool((torch.signbit(state[name]) & (state[name] == 0)).any()) for name in names)  # 0.0, not -0.0
     assert 1 - zeros / sum(x.weight.numel() for x in m.linears) == pytest.approx(m.achieved())
     assert abs(m.achieved() - 0.1) < 18 / sum(x.weight.numel() for x in m.linears)  # less than one weight a matrix
 
