@@ -251,10 +251,11 @@ def table(runs):
         extra = teacher_kind(settings["teacher"])
         extra += " (logit)" if settings["regression"] == "logit" else ""
         extra += " (signed)" if settings.get("pins_score") == "signed" and settings["method"] == "pins" else ""
+        asked = f"{r['density']:g}" if r["density"] else "by lambda"
         achieved = np.mean([r["achieved_density"] for r in results])
         minutes = np.mean([r["train_seconds"] for r in results]) / 60
         print(
-            f"| {r['task']} | {r['method']}{extra} | {r['density'] or 'by lambda'} | {achieved:.4f} | {len(results)} | "
+            f"| {r['task']} | {r['method']}{extra} | {asked} | {achieved:.4f} | {len(results)} | "
             f"{r['epochs']:g} | {cell([r['metrics'] for r in results])} | "
             f"{cell([r['best']['metrics'] for r in results])} | {minutes:.1f} |"
         )
