@@ -491,14 +491,28 @@ def load_dataset(task, split, tokenizer, max_length, data_dir="data"):
     return Dataset(ids, starts, second, labels, max_length)
 
 
-def batches(lengths, batch_size, seed, epoch):
+def token_sizes(lengths, max_tokens):
+    """Sizes of batches of examples sorted longest first: as many as fit in `max_tokens` with padding, at least one."""
+    widths, sizes, start = -(-np.sort(lengths)[::-1] // 8) * 8, [], 0
+    while start < len(widths):
+        sizes.append(min(max(1, int(max_tokens // widths[start])), len(widths) - start))
+        start += sizes[-1]
+    return sizes
+
+
+def batches(lengths, batch_size, seed, epoch, max_tokens=0):
     """
     The batches of one epoch of training, as index arrays: a pure function of its arguments. Every example comes once;
     one batch may be short. Shuffle, sort by length inside pools of up to 50 batches, cut, shuffle the batches:
-    padding is rare, and who meets whom still changes from epoch to epoch.
+    padding is rare, and who meets whom still changes from epoch to epoch. With `max_tokens`, batches of so many tokens,
+    padding included, in place of `batch_size` examples; their number is the same in every epoch.
     """
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(lengths))
+    if max_tokens:
+        order = order[np.argsort(-lengths[order], kind="stable")]
+        cut = np.split(order, np.cumsum(token_sizes(lengths, max_tokens))[:-1])
+        return [cut[i] for i in rng.permutation(len(cut))]
     pool = batch_size * max(1, min(50, len(lengths) // (4 * batch_size)))  # at least four pools in a small task
     pools = [order[i : i + pool] for i in range(0, len(order), pool)]
     order = np.concatenate([p[np.argsort(lengths[p], kind="stable")] for p in pools])

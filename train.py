@@ -87,6 +87,7 @@ class Settings:
     epochs: int = flag(None, "[1, inf)", "passes over the training set; recipe by task", "optimisation")
     max_steps: int = flag(0, "[0, inf)", "optimizer steps of the whole run in place of epochs; 0: by epochs")
     batch_size: int = flag(None, "[1, inf)", "examples per step, over all devices and micro-batches; recipe by task")
+    max_tokens: int = flag(0, "[0, inf)", "in place of --batch-size, tokens per step, padding included; 0: off")
     grad_accum: int = flag(1, "[1, inf)", "micro-batches a batch is computed in: less memory, same result")
     lr: float = flag(None, "[0, inf)", "peak learning rate of the weights; recipe 3e-5 (Devlin et al. A.3)")
     warmup: float = flag(None, "[0, 1]", "fraction of the run in which lr rises; recipe by method")
@@ -376,7 +377,8 @@ def train(s, resume=False, command=""):
     held = {}  # part of train to choose the teacher on; else that is dev
     if s.teacher_split:
         train_set, held[""] = train_set.split(s.teacher_split, s.seed)
-    steps_per_epoch = math.ceil(len(train_set) / s.batch_size)
+    steps_per_epoch = len(batches(train_set.lengths, s.batch_size, s.seed, 0, s.max_tokens))
+    examples_per_step = len(train_set) / steps_per_epoch
     total_steps = s.max_steps or s.epochs * steps_per_epoch
     eval_every = s.eval_every or steps_per_epoch
     model.to(device)
@@ -410,7 +412,7 @@ def train(s, resume=False, command=""):
     log.cut(progress["step"])
     method.update(progress["step"])
     log.say(
-        f"{s.method} on {task.name}: {len(train_set):,} examples, {total_steps:,} steps of {s.batch_size}, "
+        f"{s.method} on {task.name}: {len(train_set):,} examples, {total_steps:,} steps of {examples_per_step:.0f}, "
         f"{sum(p.numel() for g in optimizer.param_groups for p in g['params']):,} trained values, {device} {dtype}"
     )
 
@@ -449,7 +451,7 @@ def train(s, resume=False, command=""):
     for step in range(progress["step"], total_steps):
         epoch, place = divmod(step, steps_per_epoch)
         if order_epoch != epoch:
-            order, order_epoch = batches(train_set.lengths, s.batch_size, s.seed, epoch), epoch
+            order, order_epoch = batches(train_set.lengths, s.batch_size, s.seed, epoch, s.max_tokens), epoch
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * lr_at(step, total_steps, s.warmup)
         torch.manual_seed((s.seed * 1_000_003 + step) * 1024 + rank)
@@ -495,11 +497,11 @@ def train(s, resume=False, command=""):
             if world > 1:
                 dist.all_reduce(loss_sum)
             value, now = float(loss_sum) / progress["loss_steps"], time.perf_counter()
-            speed = s.batch_size * (step - logged_step) / (now - logged_at)
+            speed = examples_per_step * (step - logged_step) / (now - logged_at)
             lr = max(group["lr"] for group in optimizer.param_groups)
             row = {"step": step, "loss": value, "regulariser": float(regulariser), "density": method.achieved()}
             log.row(**row, lr=lr, examples_per_second=round(speed, 1))
-            left = (total_steps - step) * s.batch_size / speed
+            left = (total_steps - step) * examples_per_step / speed
             log.say(
                 f"{100 * step / total_steps:5.1f}%  step {step}/{total_steps}  loss {value:.4f}  density "
                 f"{row['density']:.4f}  lr {lr:.1e}  {speed:.0f} examples/s  {left / 60:.1f} min left",
@@ -551,9 +553,7 @@ def train(s, resume=False, command=""):
         "steps": total_steps,
         "epochs": round(total_steps / steps_per_epoch, 3),
         "train_seconds": round(seconds, 2),
-        "examples_per_second": round(
-            total_steps * len(train_set) / steps_per_epoch / (seconds - progress["eval_seconds"]), 2
-        ),
+        "examples_per_second": round(total_steps * examples_per_step / (seconds - progress["eval_seconds"]), 2),
         "peak_memory_bytes": peak_memory(device),
         "command": command,
     }

@@ -438,6 +438,21 @@ def test_an_epoch_is_every_example_once():
         assert sorted(map(len, cut)) == sorted([size] * (n // size) + [n % size] * (n % size > 0))
 
 
+def test_token_budget():
+    """Every example once; no batch above the budget unless it is one example; the same number in every epoch; full."""
+    lengths, budget = np.random.default_rng(0).integers(3, 120, size=1000), 512
+    together = set()
+    for epoch in range(3):
+        cut = batches(lengths, 1, 0, epoch, budget)
+        assert sorted(np.concatenate(cut).tolist()) == list(range(1000))
+        tokens = [len(b) * (-(-int(lengths[b].max()) // 8) * 8) for b in cut]
+        assert max(tokens) <= budget and np.mean(tokens) > 0.9 * budget
+        assert lengths.sum() > 0.85 * sum(tokens)  # little padding
+        together.add((len(cut), max(map(len, cut))))
+    assert len(together) == 1
+    assert [len(b) for b in batches(np.array([900, 4]), 1, 0, 0, budget)] == [1, 1]
+
+
 def test_batches_are_a_pure_function_of_seed_and_epoch():
     lengths = np.random.default_rng(1).integers(3, 60, 1000)
 
