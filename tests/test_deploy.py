@@ -1,0 +1,106 @@
+"""What is shipped is what was trained: mask files bit for bit, and refused when damaged or of another base."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import deploy
+import train
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("deploy") / "run"
+    assert train.main([*tiny, "--method", "smp-s", "--out", str(out)]) == 0
+    return out
+
+
+def evaluating(tiny, *masks):
+    """Flags that evaluate mask files over the tiny base."""
+    flags = ["--model", tiny[1], "--task-file", tiny[3], "--data-dir", tiny[5]]
+    return flags + [str(flag) for mask in masks for flag in ("--mask", mask)]
+
+
+def entropy(mask):
+    p = mask.mean()
+    return 0.0 if p in (0, 1) else float(-(p * np.log2(p) + (1 - p) * np.log2(1 - p))) * mask.size / 8
+
+
+def test_masks_round_trip_near_their_entropy():
+    """Bit for bit, random masks and corners; 1.03 times the bound at 0.1 and 0.03, 1.01 at 0.5; empty rows, below."""
+    rng = np.random.default_rng(0)
+    for density, most in ((0.5, 1.01), (0.1, 1.03), (0.03, 1.03), (0.9, 1.03), (0.001, 1.2)):
+        mask = rng.random(1_000_000) < density
+        data = deploy.pack(mask)
+        assert np.array_equal(deploy.unpack(data, mask.size, int(mask.sum())), mask)
+        assert len(data) <= most * entropy(mask), density
+    mask = (rng.random((1000, 1000)) < 0.2) & (rng.random((1000, 1)) < 0.5)
+    assert len(deploy.pack(mask.reshape(-1))) < 0.85 * entropy(mask)
+    for n in (1, 2, 255, 256, 257, 70_000):
+        place = np.arange(n)
+        for mask in (place < 0, place >= 0, place == n - 1, place == 0, place % 256 == 255):
+            assert np.array_equal(deploy.unpack(deploy.pack(mask), n, int(mask.sum())), mask)
+
+
+def test_mask_file_is_the_run(tiny, finished, tmp_path, capsys):
+    """The file's masks are the run's, bit for bit, and score what the run scored, twice over one base in memory."""
+    path = str(tmp_path / "a.mask")
+    assert deploy.main([str(finished), "--save-mask", path]) == 0
+    _, masks = deploy.read_mask(path)
+    scores = load_file(finished / "scores.safetensors")
+    assert {f"{name}.mask" for name in masks} == {name for name in scores if name.endswith(".mask")}
+    assert all(np.array_equal(mask, scores[f"{name}.mask"].numpy()) for name, mask in masks.items())
+    metrics = json.loads((finished / "result.json").read_text())["metrics"]
+    found = deploy.evaluate_masks(tiny[1], [path, path], torch.device("cpu"), tiny[5], task_file=tiny[3])
+    assert found == [metrics, metrics]
+    capsys.readouterr()
+    assert deploy.main(evaluating(tiny, path)) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "density 0.09" in line and f"accuracy {100 * metrics['accuracy']:.2f}" in line
+
+
+def test_released_masks(tiny, finished, tmp_path):
+    """Packed bits in lexicographic key order (layer 10 before layer 2) give back each matrix."""
+    shapes = {f"bert.encoder.layer.{i}.output.dense": (3, 5) for i in range(12)}
+    rng = np.random.default_rng(0)
+    masks = {name: rng.random(shape) < 0.3 for name, shape in shapes.items()}
+    order = sorted(shapes, key=lambda name: int(name.split(".")[3]))  # 0, 1, 2, ... and by their text 0, 1, 10, 11, 2
+    order = [order[i] for i in (0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9)]
+    np.save(tmp_path / "m.npy", np.packbits(np.concatenate([masks[name].ravel() for name in order])))
+    read = deploy.read_released(tmp_path / "m.npy", shapes)
+    assert all(np.array_equal(read[name], masks[name]) for name in shapes)
+    with pytest.raises(deploy.UserError, match="encoder matrices have"):
+        deploy.read_released(tmp_path / "m.npy", shapes | {"bert.encoder.layer.0.output.dense": (3, 8)})
+
+
+def refused(capsys, argv, *words):
+    assert deploy.main([str(flag) for flag in argv]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1 and all(str(word) in line for word in words), line
+
+
+def test_damaged_and_foreign_files_are_refused(tiny, finished, tmp_path, capsys):
+    """A flipped byte anywhere, a truncated file, another base, a run that trained weights."""
+    path = tmp_path / "a.mask"
+    deploy.save_mask(finished, path)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for place in [*rng.integers(8, len(whole), size=30), len(whole) - 1, whole.index(b"density")]:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        refused(capsys, evaluating(tiny, path), path)
+    path.write_bytes(whole[:-1])
+    refused(capsys, evaluating(tiny, path), path, "whole")
+    path.write_bytes(whole)
+    shutil.copytree(tiny[1], tmp_path / "other")
+    tensors = load_file(tmp_path / "other" / "model.safetensors")
+    tensors["bert.embeddings.word_embeddings.weight"][0, 0] += 1
+    save_file(tensors, tmp_path / "other" / "model.safetensors")
+    other = ["--model", tmp_path / "other", *evaluating(tiny, path)[2:]]
+    refused(capsys, other, path, "another model", tmp_path / "other")
+    assert train.main([*tiny, "--method", "dense", "--max-steps", "1", "--out", str(tmp_path / "dense")]) == 0
+    refused(capsys, [tmp_path / "dense", "--save-mask", tmp_path / "b.mask"], "a dense run trains weights")
+    assert not (tmp_path / "b.mask").exists()
