@@ -1,5 +1,6 @@
 """Ship what a run has learned.
 
+    python deploy.py RUN --export DIR                      a folder that `transformers` loads, with no code of ours
     python deploy.py RUN --save-mask FILE                  a SMP task as one small file: a mask over public weights
     python deploy.py --model BASE --mask FILE [--mask FILE ...]      evaluate such files, one base in memory for all
     python deploy.py --model BASE --mask MNLI.npy --task mnli --words maybe no yes    a mask released with the SMP paper
@@ -20,9 +21,35 @@ import torch
 from safetensors.numpy import save as to_safetensors
 
 from data import Parser, UserError, atomic_write, get_task, load_tokenizer, word_ids
-from eval import evaluate, load_dev, pick_device
-from model import find_model, load_model, model_sha256, read_json, read_safetensors
+from eval import evaluate, load_dev, load_run, pick_device
+from model import find_model, load_model, model_sha256, read_json, read_safetensors, save_model
 from prune import MATRICES, METHODS, mask_layers
+
+# ---------------------------------------------------------------------------------------------------------------------
+# export
+
+
+def export(run, folder, which):
+    """Write a run's model, masks baked in, as a folder for the class of `transformers` that computes the same function.
+
+    Pooler and classifier: BertForSequenceClassification. Label words through the whole MLM head: BertForMaskedLM, whose
+    logits at position 0 are read at the label words (`label_words` in its config). Label words alone:
+    BertForTokenClassification, read at position 0, whose classifier is the words' rows of the embedding.
+    """
+    model, task, _, _ = load_run(run, which)
+    state, labels, kind = model.state_dict(), task.labels, None
+    if model.head == "words" and not hasattr(model, "cls"):
+        rows = state["bert.embeddings.word_embeddings.weight"][model.words]  # (K, C)
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("bert.pooler.")}
+        state |= {"classifier.weight": rows, "classifier.bias": torch.zeros(len(rows))}
+        labels, kind = labels or task.words[-len(rows) :], "BertForTokenClassification"
+    save_model(folder, model, state, Path(run) / which, labels, kind)
+    config = read_json(Path(folder) / "config.json")
+    if config["architectures"] == ["BertForMaskedLM"]:
+        config |= {"label_words": task.words[-model.outputs :], "label_word_ids": model.words.tolist()}
+        atomic_write(Path(folder) / "config.json", json.dumps(config, indent=2) + "\n")
+    print(f"{folder}: {config['architectures'][0]}, for transformers.AutoModel{config['architectures'][0][4:]}")
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # masks as bytes
@@ -171,6 +198,8 @@ def evaluate_masks(base, paths, device, data_dir, task_name=None, words=(), task
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("run", nargs="?", metavar="RUN", help="run folder of train.py")
+    parser.add_argument("--export", metavar="DIR", help="write the run's model for `transformers`")
+    parser.add_argument("--best", action="store_true", help="export the best checkpoint on dev, not the last step")
     parser.add_argument("--save-mask", metavar="FILE", help="write the run's mask")
     parser.add_argument("--mask", metavar="FILE", action="append", default=[], help="evaluate this mask; repeatable")
     parser.add_argument("--model", help="the base model of --mask: a Hugging Face id or a folder")
@@ -181,12 +210,15 @@ def main(argv=None):
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     try:
         a = parser.parse_args(argv)
-        if a.save_mask and a.run:
-            save_mask(a.run, a.save_mask)
+        if a.run and (a.save_mask or a.export):
+            if a.export:
+                export(a.run, a.export, "best" if a.best else "model")
+            if a.save_mask:
+                save_mask(a.run, a.save_mask)
         elif a.mask and a.model:
             evaluate_masks(a.model, a.mask, pick_device(a.device), a.data_dir, a.task, a.words, a.task_file)
         else:
-            raise UserError("give RUN --save-mask FILE, or --model BASE --mask FILE")
+            raise UserError("give RUN with --export or --save-mask, or --model BASE --mask FILE")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

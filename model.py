@@ -385,14 +385,15 @@ def load_model(folder, head, outputs=0, words=(), seed=0, dropout=None, new_head
 ARCHITECTURES = {("classifier", False): "BertForSequenceClassification", ("words", True): "BertForMaskedLM"}
 
 
-def save_model(folder, model, state, source, labels):
+def save_model(folder, model, state, source, labels, kind=None):
     """Write `state` (Hugging Face's names) as a folder that `transformers` loads, each file replaced atomically.
 
     `source` is the folder the model came from: its tokenizer files go along. `labels`: the class names, in order.
+    `kind`: the class of `transformers`, if not the one that fits the head.
     """
     folder, source = Path(folder), Path(source)
     folder.mkdir(parents=True, exist_ok=True)
-    kind = ARCHITECTURES.get((model.head, hasattr(model, "cls")), "BertModel")
+    kind = kind or ARCHITECTURES.get((model.head, hasattr(model, "cls")), "BertModel")
     config = {"architectures": [kind], "model_type": "bert", "hidden_act": "gelu", **vars(model.config)}
     config["position_embedding_type"] = "absolute"
     if labels:

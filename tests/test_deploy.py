@@ -1,6 +1,7 @@
 """What is shipped is what was trained: mask files bit for bit, and refused when damaged or of another base."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -9,7 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import deploy
+import eval as evaluation
 import train
+from data import collate
+from model import load_model
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +108,53 @@ def test_damaged_and_foreign_files_are_refused(tiny, finished, tmp_path, capsys)
     assert train.main([*tiny, "--method", "dense", "--max-steps", "1", "--out", str(tmp_path / "dense")]) == 0
     refused(capsys, [tmp_path / "dense", "--save-mask", tmp_path / "b.mask"], "a dense run trains weights")
     assert not (tmp_path / "b.mask").exists()
+
+
+def test_export_is_the_run(tiny, finished, tmp_path):
+    """The exported folder holds the run's function; label words without MLM head become a classifier's rows."""
+    deploy.export(finished, tmp_path / "mlm", "model")
+    config = json.loads((tmp_path / "mlm" / "config.json").read_text())
+    assert config["architectures"] == ["BertForMaskedLM"] and config["label_words"] == ["no", "yes"]
+    shutil.copytree(tiny[1], tmp_path / "bare")
+    tensors = {n: t for n, t in load_file(tmp_path / "bare" / "model.safetensors").items() if n.startswith("bert.")}
+    save_file(tensors, tmp_path / "bare" / "model.safetensors")
+    flags = ["--model", str(tmp_path / "bare"), *tiny[2:], "--method", "smp-s", "--max-steps", "3"]
+    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
+    deploy.export(tmp_path / "run", tmp_path / "words", "model")
+    config = json.loads((tmp_path / "words" / "config.json").read_text())
+    assert config["architectures"] == ["BertForTokenClassification"] and config["id2label"] == {"0": "no", "1": "yes"}
+    run = evaluation.load_run(tmp_path / "run")[0].eval()
+    tensors = load_file(tmp_path / "words" / "model.safetensors")
+    assert not [name for name in tensors if "pooler" in name]
+    batch = {"input_ids": torch.arange(20).view(2, 10), "token_type_ids": torch.zeros(2, 10, dtype=torch.long)}
+    batch["attention_mask"] = torch.arange(20).view(2, 10) != 19
+    first = run.bert(**batch)[:, 0]
+    assert torch.allclose(first @ tensors["classifier.weight"].T + tensors["classifier.bias"], run(**batch), atol=1e-6)
+    assert load_model(tmp_path / "words", "words", words=[5, 6], new_head=False)(**batch).shape == (2, 2)
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not os.environ.get("BERT_DIR"), reason="needs GLUE_DIR and BERT_DIR")
+@pytest.mark.parametrize("method", ["dense", "smp-s", "pins"])
+def test_real_export_predicts_the_same(method, tmp_path):
+    """In transformers, over the whole dev set of RTE: every prediction the same, logits to 1e-5."""
+    hf = pytest.importorskip("transformers")
+    flags = ["--model", os.environ["BERT_DIR"], "--data-dir", os.environ["GLUE_DIR"], "--task", "rte"]
+    flags += ["--max-length", "64", "--device", "cpu", "--method", method, "--max-steps", "4", "--batch-size", "16"]
+    flags += ["--lr", "1e-4", "--out"]
+    assert train.main([*flags, str(tmp_path / "run")]) == 0
+    deploy.export(tmp_path / "run", tmp_path / "hf", "model")
+    kind = json.loads((tmp_path / "hf" / "config.json").read_text())["architectures"][0]
+    theirs, info = getattr(hf, kind).from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info.values()), info
+    model, task, tokenizer, s = evaluation.load_run(tmp_path / "run")
+    (dev,) = evaluation.load_dev(task, tokenizer, s["max_length"], s["data_dir"]).values()
+    ours, logits = evaluation.predict(model, dev, torch.device("cpu"), "fp32"), []
+    with torch.no_grad():
+        for i in range(0, len(dev), 64):
+            batch = collate(dev, np.arange(i, min(i + 64, len(dev))))
+            batch.pop("labels")
+            output = theirs.eval()(**batch).logits
+            logits.append(output if output.dim() == 2 else output[:, 0])
+    logits = torch.cat(logits)
+    assert torch.equal(ours.argmax(1), logits.argmax(1)) and (ours - logits).abs().max() < 1e-5
