@@ -1,6 +1,7 @@
 """Ship what a run has learned.
 
     python deploy.py RUN --export DIR                      a folder that `transformers` loads, with no code of ours
+    python deploy.py RUN --compact DIR                     the same function with what the mask made idle folded away
     python deploy.py RUN --save-mask FILE                  a SMP task as one small file: a mask over public weights
     python deploy.py --model BASE --mask FILE [--mask FILE ...]      evaluate such files, one base in memory for all
     python deploy.py --model BASE --mask MNLI.npy --task mnli --words maybe no yes    a mask released with the SMP paper
@@ -10,20 +11,33 @@ the task, its label words and the density. Per matrix the places of the rarer va
 between them, a byte each (255: carry on), Huffman-coded by zlib: the entropy of the mask, or less where rows are empty.
 """
 
+import copy
 import hashlib
 import json
 import sys
+import time
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.numpy import save as to_safetensors
+from safetensors.torch import save as torch_to_safetensors
+from torch.nn.utils import skip_init
 
-from data import Parser, UserError, atomic_write, get_task, load_tokenizer, word_ids
-from eval import evaluate, load_dev, load_run, pick_device
-from model import find_model, load_model, model_sha256, read_json, read_safetensors, save_model
-from prune import MATRICES, METHODS, mask_layers
+from data import Parser, UserError, atomic_write, collate, get_task, load_tokenizer, word_ids
+from eval import evaluate, inputs, load_dev, load_run, pick_device, predict, score
+from model import (
+    Bert,
+    BertConfig,
+    find_model,
+    load_model,
+    model_sha256,
+    read_json,
+    read_safetensors,
+    save_model,
+)
+from prune import MATRICES, METHODS, encoder_matrices, mask_layers
 
 # ---------------------------------------------------------------------------------------------------------------------
 # export
@@ -146,6 +160,186 @@ def read_released(path, shapes):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# exact compaction: what a mask makes constant or unread is folded away, and the function stays the same
+
+
+@torch.no_grad()
+def clock(function, device):
+    """Seconds of one call."""
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    sync()
+    began = time.perf_counter()
+    function()
+    sync()
+    return time.perf_counter() - began
+
+
+def linear_of(weight, bias):
+    """An nn.Linear with these values."""
+    linear = skip_init(torch.nn.Linear, weight.size(1), weight.size(0), device="meta")
+    linear.weight, linear.bias = torch.nn.Parameter(weight.float()), torch.nn.Parameter(bias.float())
+    return linear.requires_grad_(False)
+
+
+def compact_feed_forward(up, down):
+    """(up, down) without the units that are constant (an empty up-row: GELU of its bias, folded into the next bias) or
+    unread (an empty down-column)."""
+    weight, bias = down.weight.double(), down.bias.double()
+    constant, unread = ~up.weight.any(1), ~down.weight.any(0)  # (F,)
+    bias = bias + weight[:, constant] @ torch.nn.functional.gelu(up.bias.double()[constant])
+    keep = ~constant & ~unread
+    return linear_of(up.weight[keep], up.bias[keep]), linear_of(weight[:, keep], bias)
+
+
+class CompactAttention(torch.nn.Module):
+    """SelfAttention with heads of different sizes: `inner` and `outer` are those of each head's queries and values.
+
+    The projections are as small as the sum of the sizes; for the softmax each head is padded with zeros to the largest.
+    `scale` stays that of the original head size.
+    """
+
+    def __init__(self, query, key, value, inner, outer, scale):
+        super().__init__()
+        self.query, self.key, self.value, self.heads, self.scale = query, key, value, len(inner), scale
+        for name, sizes in (("inner", inner), ("outer", outer)):
+            places = [h * max(sizes) + d for h, size in enumerate(sizes) for d in range(size)]
+            self.register_buffer(name, torch.tensor(places, dtype=torch.long), persistent=False)
+        self.width, self.depth = max(inner), max(outer)
+
+    def spread(self, x, places, size):
+        """(B, T, sum of sizes) -> (B, H, T, size), zeros where a head is smaller."""
+        if len(places) < self.heads * size:
+            x = x.new_zeros(*x.shape[:-1], self.heads * size).index_copy_(-1, places, x)
+        return x.unflatten(-1, (self.heads, size)).transpose(1, 2)
+
+    def forward(self, hidden, readers, mask):
+        q = self.spread(self.query(readers), self.inner, self.width)  # (B, H, R, width)
+        k = self.spread(self.key(hidden), self.inner, self.width)  # (B, H, T, width)
+        v = self.spread(self.value(hidden), self.outer, self.depth)  # (B, H, T, depth)
+        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=self.scale)  # (B, H, R, depth)
+        mixed = mixed.transpose(1, 2).flatten(2)  # (B, R, H * depth)
+        return mixed if len(self.outer) == mixed.size(-1) else mixed[..., self.outer]  # (B, R, sum of outer)
+
+
+def compact_attention(attention, output):
+    """(CompactAttention, output projection) that compute what a SelfAttention and its output projection do.
+
+    A value dimension with an empty row is its bias, as attention weights sum to one: folded into the output bias; one
+    with an empty output column is unread. A key dimension with an empty row adds the same to every score of a query,
+    which the softmax cancels. The query dimensions of a head with empty rows are constants and become one: query 1, key
+    row sum_d b_q[d] K[d]. A head without value dimensions goes.
+    """
+    q, k, v = ((m.weight.double(), m.bias.double()) for m in (attention.query, attention.key, attention.value))
+    weight, bias = output.weight.double(), output.bias.double()
+    size, heads = len(q[0]) // attention.heads, []
+    for rows in torch.arange(len(q[0])).split(size):
+        constant = ~v[0][rows].any(1)
+        bias = bias + weight[:, rows[constant]] @ v[1][rows[constant]]
+        values = rows[~constant & weight[:, rows].any(0)]
+        if not len(values):
+            continue
+        rows = rows[k[0][rows].any(1)]
+        fixed, rows = rows[~q[0][rows].any(1)], rows[q[0][rows].any(1)]
+        parts = [q[0][rows], q[1][rows], k[0][rows], k[1][rows]]
+        merged = q[1][fixed] @ k[0][fixed]  # (n,) x (n, C) -> (C,)
+        if merged.any() or not len(rows):  # a head keeps at least one dimension
+            extra = [torch.zeros_like(merged)[None], merged.new_ones(1), merged[None], merged.new_zeros(1)]
+            parts = [torch.cat(pair) for pair in zip(parts, extra, strict=True)]
+        heads.append([*parts, v[0][values], v[1][values], weight[:, values].T])
+    if not heads:  # nothing is read: one head of one zero
+        zero = weight.new_zeros(1, weight.size(0))
+        heads = [[zero, zero[:, 0], zero, zero[:, 0], zero, zero[:, 0], zero]]
+    qw, qb, kw, kb, vw, vb, ow = (torch.cat(part) for part in zip(*heads, strict=True))
+    inner, outer = [len(h[0]) for h in heads], [len(h[4]) for h in heads]
+    small = CompactAttention(linear_of(qw, qb), linear_of(kw, kb), linear_of(vw, vb), inner, outer, size**-0.5)
+    return small, linear_of(ow.T.contiguous(), bias)
+
+
+@torch.no_grad()
+def compact(model):
+    """Compact a baked model in place, for evaluation: the function of its weights stays, their number falls."""
+    for layer in model.bert.encoder["layer"]:
+        attention, inner = layer.attention, layer.intermediate
+        attention["self"], attention["output"].dense = compact_attention(attention["self"], attention["output"].dense)
+        inner["dense"], layer.output.dense = compact_feed_forward(inner["dense"], layer.output.dense)
+
+
+def sizes_of(model):
+    """[[query size of each head], [value size of each head], feed-forward size] of each layer of a compact model."""
+    found = []
+    for layer in model.bert.encoder["layer"]:
+        a = layer.attention["self"]
+        each = [torch.bincount(places // size, minlength=a.heads).tolist()
+                for places, size in ((a.inner, a.width), (a.outer, a.depth))]  # fmt: skip
+        found.append([*each, layer.intermediate["dense"].out_features])
+    return found
+
+
+def load_compact(folder):
+    """(model, about) of a folder that --compact wrote; UserError where it is damaged."""
+    about, (state, _) = read_json(Path(folder) / "compact.json"), read_safetensors(Path(folder) / "compact.safetensors")
+    try:
+        with torch.device("meta"):
+            config = BertConfig(**about["config"])
+            model = Bert(config, about["head"], about["outputs"], about["words"], about["pooler"], about["mlm"])
+            width, scale = config.hidden_size, (config.hidden_size // config.num_attention_heads) ** -0.5
+        model.words = torch.tensor(about["words"], dtype=torch.long)
+        for layer, (inner, outer, units) in zip(model.bert.encoder["layer"], about["sizes"], strict=True):
+            shapes = (sum(inner), width), (sum(inner), width), (sum(outer), width)
+            linears = [torch.nn.Linear(w, n, device="meta") for n, w in shapes]
+            layer.attention["self"] = CompactAttention(*linears, inner, outer, scale)
+            layer.attention["output"].dense = torch.nn.Linear(sum(outer), width, device="meta")
+            layer.intermediate["dense"] = torch.nn.Linear(width, units, device="meta")
+            layer.output.dense = torch.nn.Linear(units, width, device="meta")
+        model.load_state_dict(state, assign=True)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder}: not a whole compact model ({str(error).splitlines()[0]}); write it again") from None
+    return model.eval(), about
+
+
+def save_compact(run, folder, which, drop_rows, device, data_dir):
+    """Write a run's model compacted (`drop_rows`: rows with fewer weights kept are emptied first, which is lossy), in a
+    layout of our own, since stock classes cannot hold ragged heads; prints what it saves and what that changes."""
+    model, task, tokenizer, s = load_run(run, which)
+    model.eval()
+    matrices = [parent.get_submodule(child).weight for places in encoder_matrices(model.bert.encoder["layer"]).values()
+                for parent, child in places]  # fmt: skip
+    before = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in matrices:
+            weight[weight.count_nonzero(dim=1) < drop_rows] = 0.0
+    compact(model)
+    sizes, config = sizes_of(model), model.config
+    width = config.hidden_size
+    left = sum(width * (2 * sum(inner) + 2 * sum(outer) + 2 * units) for inner, outer, units in sizes)
+    about = {"task": s["task"], "task_file": s["task_file"], "max_length": s["max_length"], "config": vars(config)}
+    about |= {"head": model.head, "outputs": model.outputs, "words": model.words.tolist(), "sizes": sizes}
+    about |= {"pooler": hasattr(model.bert, "pooler"), "mlm": hasattr(model, "cls"), "labels": list(task.labels)}
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    atomic_write(Path(folder) / "compact.safetensors", torch_to_safetensors(state))
+    tokenizer.save(str(Path(folder) / "tokenizer.json"))
+    atomic_write(Path(folder) / "compact.json", json.dumps(about) + "\n")
+    heads = sum(len(inner) for inner, _, _ in sizes)
+    print(
+        f"{folder}: {left:,} of {sum(w.numel() for w in matrices):,} encoder weights "
+        f"({left / sum(w.numel() for w in matrices):.3f}); {heads} of {len(sizes) * config.num_attention_heads} heads, "
+        f"{sum(units for _, _, units in sizes):,} of {len(sizes) * config.intermediate_size:,} feed-forward units"
+    )
+    (dev, *_) = load_dev(task, tokenizer, s["max_length"], data_dir).values()
+    logits, times = [], []
+    for m in (before.to(device), model.to(device)):
+        logits.append(predict(m, dev, device, "fp32"))
+    for batch in (1, 32):
+        few = collate(dev, np.arange(min(batch, len(dev))))
+        runs = [[clock(lambda: m(**inputs(few, device)), device) for m in (before, model)] for _ in range(9)]  # noqa: B023
+        times.append(np.median([a / b for a, b in runs[2:]]))
+    gap = (logits[0] - logits[1]).abs().max()
+    print(f"logits on dev differ by {gap:.1e} at most; speed-up {times[0]:.2f} at batch 1, {times[1]:.2f} at 32, fp32")
+    for name, table in zip(("before", "after"), logits, strict=True):
+        print(f"  {name}: {'  '.join(f'{n} {100 * v:.2f}' for n, v in score(task, table, dev.labels).items())}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # evaluating masks: one base, many tasks
 
 
@@ -199,6 +393,8 @@ def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("run", nargs="?", metavar="RUN", help="run folder of train.py")
     parser.add_argument("--export", metavar="DIR", help="write the run's model for `transformers`")
+    parser.add_argument("--compact", metavar="DIR", help="write the run's model without what its mask made idle")
+    parser.add_argument("--drop-rows", metavar="R", type=int, default=0, help="--compact: empty rows of fewer than R")
     parser.add_argument("--best", action="store_true", help="export the best checkpoint on dev, not the last step")
     parser.add_argument("--save-mask", metavar="FILE", help="write the run's mask")
     parser.add_argument("--mask", metavar="FILE", action="append", default=[], help="evaluate this mask; repeatable")
@@ -210,15 +406,18 @@ def main(argv=None):
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     try:
         a = parser.parse_args(argv)
-        if a.run and (a.save_mask or a.export):
+        which = "best" if a.best else "model"
+        if a.run and (a.save_mask or a.export or a.compact):
             if a.export:
-                export(a.run, a.export, "best" if a.best else "model")
+                export(a.run, a.export, which)
+            if a.compact:
+                save_compact(a.run, a.compact, which, a.drop_rows, pick_device(a.device), a.data_dir)
             if a.save_mask:
                 save_mask(a.run, a.save_mask)
         elif a.mask and a.model:
             evaluate_masks(a.model, a.mask, pick_device(a.device), a.data_dir, a.task, a.words, a.task_file)
         else:
-            raise UserError("give RUN with --export or --save-mask, or --model BASE --mask FILE")
+            raise UserError("give RUN with --export, --compact or --save-mask, or --model BASE --mask FILE")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

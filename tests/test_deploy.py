@@ -13,7 +13,8 @@ import deploy
 import eval as evaluation
 import train
 from data import collate
-from model import load_model
+from model import Bert, BertConfig, load_model
+from prune import MATRICES
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,28 @@ def test_export_is_the_run(tiny, finished, tmp_path):
     assert load_model(tmp_path / "words", "words", words=[5, 6], new_head=False)(**batch).shape == (2, 2)
 
 
+def test_compact_folder_is_the_run(tiny, finished, tmp_path, capsys):
+    """Written, read again, the same function; emptying rows first is lossy and smaller; damage is refused."""
+    run = evaluation.load_run(finished)[0].eval()
+    batch = {"input_ids": torch.arange(20).view(2, 10), "token_type_ids": torch.zeros(2, 10, dtype=torch.long)}
+    batch["attention_mask"] = torch.arange(20).view(2, 10) != 19
+    sizes = []
+    for rows in ("0", "3"):
+        flags = ["--compact", str(tmp_path / rows), "--drop-rows", rows, "--data-dir", tiny[5], "--device", "cpu"]
+        assert deploy.main([str(finished), *flags]) == 0
+        model, about = deploy.load_compact(tmp_path / rows)
+        sizes.append(sum(p.numel() for p in model.parameters()))
+        assert about["sizes"] == deploy.sizes_of(model)
+        if rows == "0":
+            assert (model(**batch) - run(**batch)).abs().max() < 1e-5
+            assert "differ by" in capsys.readouterr().out
+    assert sum(p.numel() for p in run.parameters()) > sizes[0] > sizes[1]
+    about["sizes"][0][2] += 1
+    (tmp_path / "0" / "compact.json").write_text(json.dumps(about))
+    with pytest.raises(deploy.UserError, match="not a whole compact model"):
+        deploy.load_compact(tmp_path / "0")
+
+
 @pytest.mark.real
 @pytest.mark.skipif(not os.environ.get("BERT_DIR"), reason="needs GLUE_DIR and BERT_DIR")
 @pytest.mark.parametrize("method", ["dense", "smp-s", "pins"])
@@ -158,3 +181,60 @@ def test_real_export_predicts_the_same(method, tmp_path):
             logits.append(output if output.dim() == 2 else output[:, 0])
     logits = torch.cat(logits)
     assert torch.equal(ours.argmax(1), logits.argmax(1)) and (ours - logits).abs().max() < 1e-5
+
+
+def planted(config, cases):
+    """A random BERT with every case of compaction in its first layers: (layer, matrix, rows or columns) zeroed."""
+    torch.manual_seed(0)
+    model = Bert(config, "classifier", 3, mlm=False).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5 if parameter.dim() == 2 else 0.3)
+        for i, matrix, axis, places in cases:
+            weight = model.bert.encoder["layer"][i].get_submodule(MATRICES[matrix]).weight
+            weight[places] = 0.0 if axis == 0 else weight[places]
+            if axis == 1:
+                weight[:, places] = 0.0
+    return model
+
+
+ROWS, HEAD = [1, 2, 5, 9], list(range(8, 16))  # heads of 8
+CASES = {
+    "nothing": [],
+    "constant units": [(0, "U", 0, ROWS)],
+    "unread units": [(0, "D", 1, ROWS)],
+    "constant and unread units": [(0, "U", 0, ROWS), (0, "D", 1, [2, 3])],
+    "constant values": [(0, "V", 0, ROWS)],
+    "unread values": [(0, "O", 1, ROWS)],
+    "keys": [(0, "K", 0, ROWS)],
+    "queries": [(0, "Q", 0, ROWS)],
+    "one query": [(0, "Q", 0, [3])],
+    "queries and keys": [(0, "Q", 0, ROWS), (0, "K", 0, [2, 3, 4])],
+    "a head without values": [(0, "V", 0, HEAD)],
+    "a head that nothing reads": [(0, "O", 1, HEAD)],
+    "a head of constant queries": [(0, "Q", 0, HEAD)],
+    "a head without keys": [(0, "K", 0, HEAD)],
+    "no head": [(0, "V", 0, list(range(32)))],
+    "no unit": [(0, "U", 0, list(range(48)))],
+    "everything, the last layer too": [(i, m, 0, ROWS) for i in (0, 1) for m in "QKVU"] + [(1, "K", 0, HEAD)],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compaction_is_exact(case):
+    """Outputs to 1e-5 in fp32, with padding; every planted case makes the model smaller, and nothing else does."""
+    config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    model = planted(config, CASES[case])
+    ids = torch.randint(50, (4, 9))
+    lengths = torch.tensor([9, 4, 1, 7])
+    batch = {"input_ids": ids, "attention_mask": torch.arange(9) < lengths[:, None], "token_type_ids": ids % 2}
+    before, size = model(**batch).detach(), sum(p.numel() for p in model.parameters())
+    deploy.compact(model)
+    assert (model(**batch) - before).abs().max() < 1e-5
+    smaller = sum(p.numel() for p in model.parameters()) < size
+    assert smaller == (case not in ("nothing", "one query"))
+    first = model.bert.encoder["layer"][0].attention["self"]
+    if case == "queries":  # three empty rows of head 0 become one; that of head 1 is one
+        assert len(first.query.weight) == 32 - 3 + 1
+    if case == "a head of constant queries":
+        assert len(first.query.weight) == 32 - 8 + 1
