@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import Parser, UserError, batches, collate, encode, get_task, load_dataset, load_tokenizer
+from data import Parser, UserError, batches, collate, encode, get_task, load_dataset, load_tokenizer, program
 from eval import autocast, inputs, pick_device, predict
 from model import DEMO, Bert, BertConfig, read_json, task_loss
 from prune import METHODS, encoder_matrices, kth_largest, kth_largest_on_device
@@ -296,6 +296,7 @@ PARTS = {name.removeprefix("part_"): part for name, part in list(globals().items
 NEEDS_DATA = ("throughput", "evaluate")
 
 
+@program
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {' '.join(PARTS)}; default all")
@@ -307,23 +308,18 @@ def main(argv=None):
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16", "fp16"))
     parser.add_argument("--repeat", type=int, default=7, help="alternating runs per ratio")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    try:
-        a = parser.parse_args(argv)
-        if unknown := [part for part in a.parts if part not in PARTS]:
-            raise UserError(f"{' '.join(unknown)}: no such part; there are {' '.join(PARTS)}")
-        device = pick_device(a.device)
-        a.shape = a.shape or ("base" if device.type == "cuda" else "minilm")
-        a.tokenizer, a.data_dir = a.tokenizer or a.model, a.data_dir and os.path.abspath(a.data_dir)
-        print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, shape {a.shape}")
-        for name in a.parts or PARTS:
-            if name in NEEDS_DATA and not a.data_dir:
-                print(f"{name}: left out, needs --data-dir")
-            else:
-                PARTS[name](a, device)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    a = parser.parse_args(argv)
+    if unknown := [part for part in a.parts if part not in PARTS]:
+        raise UserError(f"{' '.join(unknown)}: no such part; there are {' '.join(PARTS)}")
+    device = pick_device(a.device)
+    a.shape = a.shape or ("base" if device.type == "cuda" else "minilm")
+    a.tokenizer, a.data_dir = a.tokenizer or a.model, a.data_dir and os.path.abspath(a.data_dir)
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, shape {a.shape}")
+    for name in a.parts or PARTS:
+        if name in NEEDS_DATA and not a.data_dir:
+            print(f"{name}: left out, needs --data-dir")
+        else:
+            PARTS[name](a, device)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import urllib.request
 import zipfile
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import wraps
 from itertools import chain
 from pathlib import Path
 
@@ -47,6 +48,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message}; see --help")
+
+
+def program(main):
+    """A main(argv) whose UserError is one line on stderr and exit status 2; else its own status, or 0."""
+
+    @wraps(main)
+    def reporting(argv=None):
+        try:
+            return main(argv) or 0
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return reporting
 
 
 def atomic_write(path, data):
@@ -545,22 +560,19 @@ def prepare(task, data_dir="data"):
     return {split: (path, len(read_tsv(task, split, path, path.read_bytes())[0])) for split, path in paths.items()}
 
 
+@program
 def main(argv=None):
     parser = Parser("download, check and count the data of GLUE tasks")
     parser.add_argument("--task", nargs="+", default=[], metavar="TASK", help=" ".join(TASKS))
     parser.add_argument("--task-file", nargs="+", default=[], metavar="JSON", help="your own task, see read_task_file")
     parser.add_argument("--data-dir", default="data", help="where the official zips or folders of TSVs are or go")
-    try:
-        args = parser.parse_args(argv)
-        tasks = [get_task(name) for name in args.task] + [get_task(None, file) for file in args.task_file]
-        if not tasks:
-            raise UserError("nothing to do: give --task or --task-file")
-        for task in tasks:
-            for split, (path, rows) in prepare(task, args.data_dir).items():
-                print(f"{task.name:8} {split:8} {rows:8,} rows  {path}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = parser.parse_args(argv)
+    tasks = [get_task(name) for name in args.task] + [get_task(None, file) for file in args.task_file]
+    if not tasks:
+        raise UserError("nothing to do: give --task or --task-file")
+    for task in tasks:
+        for split, (path, rows) in prepare(task, args.data_dir).items():
+            print(f"{task.name:8} {split:8} {rows:8,} rows  {path}")
 
 
 if __name__ == "__main__":

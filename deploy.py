@@ -11,11 +11,9 @@ the task, its label words and the density. Per matrix the places of the rarer va
 between them, a byte each (255: carry on), Huffman-coded by zlib: the entropy of the mask, or less where rows are empty.
 """
 
-import copy
 import hashlib
 import json
 import sys
-import time
 import zlib
 from pathlib import Path
 
@@ -24,8 +22,9 @@ import torch
 from safetensors.numpy import save as to_safetensors
 from safetensors.torch import save as torch_to_safetensors
 
-from data import Parser, UserError, atomic_write, collate, get_task, load_tokenizer, word_ids
-from eval import evaluate, inputs, load_dev, load_run, pick_device, predict, score
+from bench import alternate
+from data import Parser, UserError, atomic_write, collate, get_task, load_tokenizer, program, word_ids
+from eval import evaluate, inputs, load_dev, load_run, pick_device, predict, score, show
 from model import (
     Bert,
     BertConfig,
@@ -36,7 +35,7 @@ from model import (
     read_safetensors,
     save_model,
 )
-from prune import MATRICES, METHODS, encoder_matrices, mask_layers
+from prune import MATRICES, METHODS, mask_layers, masked_linears
 
 # ---------------------------------------------------------------------------------------------------------------------
 # export
@@ -162,17 +161,6 @@ def read_released(path, shapes):
 # exact compaction: what a mask makes constant or unread is folded away, and the function stays the same
 
 
-@torch.no_grad()
-def clock(function, device):
-    """Seconds of one call."""
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    sync()
-    began = time.perf_counter()
-    function()
-    sync()
-    return time.perf_counter() - began
-
-
 def linear_of(weight, bias):
     """An nn.Linear with these values."""
     linear = torch.nn.Linear(1, 1, device="meta")  # with its own sizes it would warn of an empty matrix
@@ -201,6 +189,7 @@ class CompactAttention(torch.nn.Module):
     def __init__(self, query, key, value, inner, outer, scale):
         super().__init__()
         self.query, self.key, self.value, self.heads, self.scale = query, key, value, len(inner), scale
+        self.sizes = inner, outer
         for name, sizes in (("inner", inner), ("outer", outer)):
             places = [h * max(sizes) + d for h, size in enumerate(sizes) for d in range(size)]
             self.register_buffer(name, torch.tensor(places, dtype=torch.long), persistent=False)
@@ -264,15 +253,9 @@ def compact(model):
         inner["dense"], layer.output.dense = compact_feed_forward(inner["dense"], layer.output.dense)
 
 
-def sizes_of(model):
-    """[[query size of each head], [value size of each head], feed-forward size] of each layer of a compact model."""
-    found = []
-    for layer in model.bert.encoder["layer"]:
-        a = layer.attention["self"]
-        each = [torch.bincount(places // size, minlength=a.heads).tolist()
-                for places, size in ((a.inner, a.width), (a.outer, a.depth))]  # fmt: skip
-        found.append([*each, layer.intermediate["dense"].out_features])
-    return found
+def encoder_weights(model):
+    """The six matrices of every layer, whatever their sizes."""
+    return [layer.get_submodule(name).weight for layer in model.bert.encoder["layer"] for name in MATRICES.values()]
 
 
 def load_compact(folder):
@@ -281,7 +264,8 @@ def load_compact(folder):
     try:
         with torch.device("meta"):
             config = BertConfig(**about["config"])
-            model = Bert(config, about["head"], about["outputs"], about["words"], about["pooler"], about["mlm"])
+            parts = [any(name.startswith(part) for name in state) for part in ("bert.pooler.", "cls.predictions.")]
+            model = Bert(config, about["head"], about["outputs"], about["words"], *parts)
             width, scale = config.hidden_size, (config.hidden_size // config.num_attention_heads) ** -0.5
         model.words = torch.tensor(about["words"], dtype=torch.long)
         for layer, (inner, outer, units) in zip(model.bert.encoder["layer"], about["sizes"], strict=True):
@@ -299,44 +283,44 @@ def load_compact(folder):
 
 def save_compact(run, folder, which, drop_rows, device, data_dir):
     """Write a run's model compacted (`drop_rows`: rows with fewer weights kept are emptied first, which is lossy), in a
-    layout of our own, since stock classes cannot hold ragged heads; prints what it saves and what that changes."""
-    model, task, tokenizer, s = load_run(run, which)
-    model.eval()
-    matrices = [parent.get_submodule(child).weight for places in encoder_matrices(model.bert.encoder["layer"]).values()
-                for parent, child in places]  # fmt: skip
-    before = copy.deepcopy(model)
+    layout of our own, since stock classes cannot hold ragged heads; prints what the written model saves and changes."""
+    before, task, tokenizer, s = load_run(run, which)
+    model, _, _, _ = load_run(run, which)
     with torch.no_grad():
-        for weight in matrices:
+        for weight in encoder_weights(model):
             weight[weight.count_nonzero(dim=1) < drop_rows] = 0.0
     compact(model)
-    sizes, config = sizes_of(model), model.config
-    width = config.hidden_size
-    left = sum(width * (2 * sum(inner) + 2 * sum(outer) + 2 * units) for inner, outer, units in sizes)
-    about = {"task": s["task"], "task_file": s["task_file"], "max_length": s["max_length"], "config": vars(config)}
-    about |= {"head": model.head, "outputs": model.outputs, "words": model.words.tolist(), "sizes": sizes}
-    about |= {"pooler": hasattr(model.bert, "pooler"), "mlm": hasattr(model, "cls"), "labels": list(task.labels)}
+    layers = model.bert.encoder["layer"]
+    sizes = [[*layer.attention["self"].sizes, layer.intermediate["dense"].out_features] for layer in layers]
+    about = {"task": s["task"], "task_file": s["task_file"], "max_length": s["max_length"]}
+    about |= {"config": vars(model.config), "head": model.head, "outputs": model.outputs, "words": model.words.tolist()}
+    about |= {"labels": list(task.labels), "sizes": sizes}
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     atomic_write(Path(folder) / "compact.safetensors", torch_to_safetensors(state))
     tokenizer.save(str(Path(folder) / "tokenizer.json"))
     atomic_write(Path(folder) / "compact.json", json.dumps(about) + "\n")
-    heads = sum(len(inner) for inner, _, _ in sizes)
+
+    after, _ = load_compact(folder)
+    left, total = (sum(weight.numel() for weight in encoder_weights(m)) for m in (after, before))
+    heads, units = sum(len(inner) for inner, _, _ in sizes), sum(units for _, _, units in sizes)
+    config = model.config
     print(
-        f"{folder}: {left:,} of {sum(w.numel() for w in matrices):,} encoder weights "
-        f"({left / sum(w.numel() for w in matrices):.3f}); {heads} of {len(sizes) * config.num_attention_heads} heads, "
-        f"{sum(units for _, _, units in sizes):,} of {len(sizes) * config.intermediate_size:,} feed-forward units"
+        f"{folder}: {left:,} of {total:,} encoder weights ({left / total:.3f}); {heads} of "
+        f"{len(sizes) * config.num_attention_heads} heads, {units:,} of {len(sizes) * config.intermediate_size:,} units"
     )
     (dev, *_) = load_dev(task, tokenizer, s["max_length"], data_dir).values()
-    logits, times = [], []
-    for m in (before.to(device), model.to(device)):
-        logits.append(predict(m, dev, device, "fp32"))
-    for batch in (1, 32):
-        few = collate(dev, np.arange(min(batch, len(dev))))
-        runs = [[clock(lambda: m(**inputs(few, device)), device) for m in (before, model)] for _ in range(9)]  # noqa: B023
-        times.append(np.median([a / b for a, b in runs[2:]]))
+    models = [m.to(device).eval() for m in (before, after)]
+    logits = [predict(m, dev, device, "fp32") for m in models]
+    faster = []
+    for size in (1, 32):
+        few = inputs(collate(dev, np.arange(min(size, len(dev)))), device)
+        with torch.no_grad():
+            seconds = alternate([lambda: before(**few), lambda: after(**few)], device, 7)  # noqa: B023
+        faster.append(np.median(seconds[:, 0] / seconds[:, 1]))
     gap = (logits[0] - logits[1]).abs().max()
-    print(f"logits on dev differ by {gap:.1e} at most; speed-up {times[0]:.2f} at batch 1, {times[1]:.2f} at 32, fp32")
+    print(f"logits on dev differ by {gap:.1e} at most; speed-up {faster[0]:.2f}, at batch 32 {faster[1]:.2f}, fp32")
     for name, table in zip(("before", "after"), logits, strict=True):
-        print(f"  {name}: {'  '.join(f'{n} {100 * v:.2f}' for n, v in score(task, table, dev.labels).items())}")
+        print(f"  {name}: {show(score(task, table, dev.labels))}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,9 +331,7 @@ def masked_base(base, device):
     """(model with every weight kept, {matrix: MaskedLinear}) of a base model, nothing trainable."""
     model = load_model(base, "words", words=[0]).requires_grad_(False)
     mask_layers(model.bert.encoder["layer"], first=None)
-    model.to(device)
-    names = [f"bert.encoder.layer.{i}.{n}" for i in range(model.config.num_hidden_layers) for n in MATRICES.values()]
-    return model, {name: model.get_submodule(name) for name in names}
+    return model.to(device), masked_linears(model)
 
 
 def switch(model, linears, masks, words):
@@ -383,12 +365,12 @@ def evaluate_masks(base, paths, device, data_dir, task_name=None, words=(), task
         dev = load_dev(task, tokenizer, about["max_length"], data_dir)
         metrics = evaluate(model, task, dev, device, about["dtype"])
         density = sum(mask.sum() for mask in masks.values()) / sum(mask.size for mask in masks.values())
-        shown = "  ".join(f"{name} {100 * value:.2f}" for name, value in metrics.items())
-        print(f"{path}: {task.name}, density {density:.4f}: {shown}")
+        print(f"{path}: {task.name}, density {density:.4f}: {show(metrics)}")
         found.append(metrics)
     return found
 
 
+@program
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("run", nargs="?", metavar="RUN", help="run folder of train.py")
@@ -404,24 +386,19 @@ def main(argv=None):
     parser.add_argument("--words", nargs="+", help="label words other than the task's, in class order")
     parser.add_argument("--data-dir", default="data", help="folder of the GLUE files (default: data)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    try:
-        a = parser.parse_args(argv)
-        which = "best" if a.best else "model"
-        if a.run and (a.save_mask or a.export or a.compact):
-            if a.export:
-                export(a.run, a.export, which)
-            if a.compact:
-                save_compact(a.run, a.compact, which, a.drop_rows, pick_device(a.device), a.data_dir)
-            if a.save_mask:
-                save_mask(a.run, a.save_mask)
-        elif a.mask and a.model:
-            evaluate_masks(a.model, a.mask, pick_device(a.device), a.data_dir, a.task, a.words, a.task_file)
-        else:
-            raise UserError("give RUN with --export, --compact or --save-mask, or --model BASE --mask FILE")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    a = parser.parse_args(argv)
+    which = "best" if a.best else "model"
+    if a.run and (a.save_mask or a.export or a.compact):
+        if a.export:
+            export(a.run, a.export, which)
+        if a.compact:
+            save_compact(a.run, a.compact, which, a.drop_rows, pick_device(a.device), a.data_dir)
+        if a.save_mask:
+            save_mask(a.run, a.save_mask)
+    elif a.mask and a.model:
+        evaluate_masks(a.model, a.mask, pick_device(a.device), a.data_dir, a.task, a.words, a.task_file)
+    else:
+        raise UserError("give RUN with --export, --compact or --save-mask, or --model BASE --mask FILE")
 
 
 if __name__ == "__main__":

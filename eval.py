@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import Parser, UserError, atomic_write, collate, get_task, load_dataset, load_tokenizer
+from data import Parser, UserError, atomic_write, collate, get_task, load_dataset, load_tokenizer, program
 from model import load_model, read_json, to_score
 from prune import MATRICES, METHODS
 
@@ -118,6 +118,11 @@ def evaluate(model, task, dev_sets, device, dtype):
     for suffix, dataset in dev_sets.items():
         metrics |= score(task, predict(model, dataset, device, dtype), dataset.labels, suffix)
     return metrics
+
+
+def show(metrics):
+    """Metrics as the terminal shows them, in percent."""
+    return "  ".join(f"{name} {100 * value:.2f}" for name, value in metrics.items())
 
 
 def load_dev(task, tokenizer, max_length, data_dir):
@@ -263,6 +268,7 @@ def table(runs):
         )
 
 
+@program
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder of train.py; several: a table")
@@ -272,22 +278,17 @@ def main(argv=None):
     parser.add_argument("--task", help="predict another task of the same labels: ax through a run on mnli")
     parser.add_argument("--data-dir", default="data", help="folder of the GLUE files (default: data)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    try:
-        args = parser.parse_args(argv)
-        which = "best" if args.best else "model"
-        if args.predictions and len(args.runs) > 1:
-            raise UserError("--predictions: give one run")
-        device = pick_device(args.device)
-        if args.predictions:
-            write_predictions(args.runs[0], which, device, args.data_dir, args.split, Path(args.predictions), args.task)
-        elif len(args.runs) > 1:
-            table(args.runs)
-        else:
-            report(args.runs[0], which, device, args.data_dir)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args = parser.parse_args(argv)
+    which = "best" if args.best else "model"
+    if args.predictions and len(args.runs) > 1:
+        raise UserError("--predictions: give one run")
+    device = pick_device(args.device)
+    if args.predictions:
+        write_predictions(args.runs[0], which, device, args.data_dir, args.split, Path(args.predictions), args.task)
+    elif len(args.runs) > 1:
+        table(args.runs)
+    else:
+        report(args.runs[0], which, device, args.data_dir)
 
 
 if __name__ == "__main__":

@@ -204,15 +204,19 @@ def mask_layers(layers, kind=MaskedLinear, first=0.0):
     return masked
 
 
+def masked_linears(model):
+    """{name: MaskedLinear} of a model's masked layers."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
+
+
 @torch.no_grad()
 def baked_state(model):
     """The state dict with the masks applied and the scores left out: what any BERT can load."""
     state, training = model.state_dict(), model.training
     model.eval()
-    for name, module in model.named_modules():
-        if isinstance(module, MaskedLinear):
-            state[f"{name}.weight"] = module.masked_weight(module.weight.dtype) + 0.0  # -0.0 becomes 0.0
-            state.pop(f"{name}.scores", None)
+    for name, module in masked_linears(model).items():
+        state[f"{name}.weight"] = module.masked_weight(module.weight.dtype) + 0.0  # -0.0 becomes 0.0
+        state.pop(f"{name}.scores", None)
     model.train(training)
     return state
 
@@ -268,7 +272,7 @@ class Dense:
 
     def density(self, step):
         """The density asked for at `step`."""
-        return 1.0
+        return cubic_at(step, 1.0, self.settings.density, self.start, self.end)
 
     def settled(self, step):
         """Is the density after `step` steps the final one, so that a result may be chosen here?"""
@@ -302,9 +306,6 @@ class Movement(Dense):
         self.masked = mask_layers(model.bert.encoder["layer"], self.layer, self.first)
         self.linears = [linear for column in self.masked.values() for linear in column]
 
-    def density(self, step):
-        return cubic_at(step, 1.0, self.settings.density, self.start, self.end)
-
     def settled(self, step):
         return step >= self.end
 
@@ -334,10 +335,10 @@ class Movement(Dense):
         return int(self.kept()) / sum(linear.weight.numel() for linear in self.linears)
 
     def scores(self):
-        modules = [(n, m) for n, m in self.model.named_modules() if isinstance(m, MaskedLinear)]
+        modules = masked_linears(self.model)
         assert len(modules) == len(self.linears)
-        scores = {f"{name}.scores": m.scores.detach() for name, m in modules if m.scores is not None}
-        return scores | {f"{name}.mask": m.mask for name, m in modules}
+        scores = {f"{name}.scores": m.scores.detach() for name, m in modules.items() if m.scores is not None}
+        return scores | {f"{name}.mask": m.mask for name, m in modules.items()}
 
 
 class Magnitude(Movement):
@@ -430,11 +431,10 @@ class SoftMovement(Movement):
 
     def steer(self, step, weight):
         """lambda: the published `weight` or, with a density asked for, that times sinh(5 e + 50 * integral of e over
-        the run), e = log(density / cubic_at): a PI controller; sinh, for orders of magnitude either way (up to 74)."""
+        the run), e = log(kept / asked for): a PI controller; sinh, for orders of magnitude either way (up to 74)."""
         if self.settings.density is None:
             return weight
-        target = cubic_at(step, 1.0, self.settings.density, self.start, self.end)
-        error = (self.kept() / (target * sum(linear.weight.numel() for linear in self.linears))).log()
+        error = (self.kept() / (self.density(step) * sum(linear.weight.numel() for linear in self.linears))).log()
         if step > self.start:
             self.integral.add_(error / self.total_steps).clamp_(-0.1, 0.1)
         return weight * (5 * error + 50 * self.integral).clamp(-5, 5).sinh()
@@ -487,14 +487,11 @@ class Pins(Dense):
         self.window, self.ema, self.unc = torch.zeros(3, sum(self.sizes), device=self.weights[0].device)
         self.mask = None  # what is kept; None: nothing is to be zeroed after this step
 
-    def density(self, step):
-        return cubic_at(step - 1, 1.0, self.settings.density, self.start, self.end)  # after `step` steps
-
     def settled(self, step):
         return step - 1 > self.end
 
     def criterion(self, weight, grad, lr):
-        value = lr * grad * grad - weight * grad
+        value = (lr * grad - weight) * grad
         return value.abs() if self.settings.pins_score == "absolute" else value
 
     def importance(self):
@@ -507,12 +504,13 @@ class Pins(Dense):
             self.ema.lerp_(self.window, 1 - s.beta1)
             self.unc.lerp_((self.window - self.ema).abs_(), 1 - s.beta2)
         for weight, mean in zip(self.weights, self.window.split(self.sizes), strict=True):
-            grad = weight.grad.nan_to_num(0.0, 0.0, 0.0)  # fp16: a step that the scaler is about to skip
-            mean.lerp_(self.criterion(weight, grad, lr).flatten(), 1 / (place + 1))  # (out, in) -> (numel,)
+            value = self.criterion(weight, weight.grad, lr)
+            value.nan_to_num_(0.0, 0.0, 0.0)  # fp16: a step that the scaler is about to skip
+            mean.lerp_(value.flatten(), 1 / (place + 1))  # (out, in) -> (numel,)
         if step > self.end or (step > self.start and place == 0):
             # everything strictly below the int(N (1 - v))-th smallest goes: one more than k stay (code)
             importance = self.importance()
-            below = int(importance.numel() * (1 - cubic_at(step, 1.0, s.density, self.start, self.end)))
+            below = int(importance.numel() * (1 - self.density(step)))
             self.mask = importance >= threshold_at(importance, importance.numel() - below + 1) if below else None
 
     @torch.no_grad()

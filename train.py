@@ -41,9 +41,10 @@ from data import (
     get_task,
     load_dataset,
     load_tokenizer,
+    program,
     word_ids,
 )
-from eval import autocast, evaluate, inputs, load_dev, load_run, pick_device, predict
+from eval import autocast, evaluate, inputs, load_dev, load_run, pick_device, predict, show
 from model import (
     find_model,
     load_model,
@@ -307,10 +308,6 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def show(metrics):
-    return "  ".join(f"{name} {100 * value:.2f}" for name, value in metrics.items())
-
-
 def targets(model, task, dataset, device, dtype):
     """What a teacher says of each example: logits (N, K) or, of a regression task, scores (N,). Dropout is off and the
     batches of `predict` are always the same, so that this is a function of the teacher alone."""
@@ -390,8 +387,8 @@ def train(s, resume=False, command=""):
 
     # progress: what a checkpoint remembers besides tensors
     progress = {"step": 0, "best": None, "seconds": 0.0, "eval_seconds": 0.0, "loss_sum": 0.0, "loss_steps": 0}
+    progress["teacher"] = None  # the score that a new teacher must beat
     teacher, itself = None, s.teacher.split(":")[0] == "self"
-    progress["teacher"] = None  # of `self`: the score to beat
     if resume and (out / "checkpoint.safetensors").exists():
         teacher, progress = load_checkpoint(out / "checkpoint.safetensors", model, method, optimizer)
         teacher = None if teacher is None else teacher.to(device)
@@ -596,6 +593,7 @@ def demo(command):
     print("\nnext, a real one: python train.py --model google-bert/bert-base-uncased --task mrpc --method smp-s")
 
 
+@program
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "train.py", *argv])
@@ -611,9 +609,6 @@ def main(argv=None):
             if not Path(s.out).is_dir() or any(Path(s.out).iterdir()):
                 raise UserError(f"--out {s.out}: not empty; add --resume to continue that run, or name another")
         train(s, resume, command)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT
         print("\ninterrupted; the same command with --resume continues the run", file=sys.stderr)

@@ -4,8 +4,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+import eval as evaluation
+from data import batches, collate, load_dataset
+from model import task_loss
+from prune import Pins, encoder_matrices
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "demo"))
@@ -50,3 +57,42 @@ def test_the_mask_alone_comes_within_two_points(default_command):
     assert smp["metrics"]["accuracy"] > dense["metrics"]["accuracy"] - 0.02
     assert 0.0999 < smp["achieved_density"] <= 0.1
     assert "next, a real one: python train.py --model" in out and f"{100 * smp['metrics']['accuracy']:.2f}" in out
+
+
+@torch.no_grad()
+def test_signed_importance_leaves_the_range_of_its_model(default_command, capsys):
+    """On the dense run: dropping the 0.1% of lowest signed I is predicted to lower the loss and ruins it; dropping half
+    by |I| changes it by less than 0.1. README's table: `pytest -s -k signed_importance`."""
+    run = default_command[0] / "runs/demo/dense"
+    model, task, tokenizer, s = evaluation.load_run(run)
+    model.eval()
+    data = load_dataset(task, "train", tokenizer, s["max_length"], s["data_dir"])
+    some = [collate(data, part) for part in batches(data.lengths, 64, 0, 0)[:40]]
+    places = encoder_matrices(model.bert.encoder["layer"]).values()
+    weights = [parent.get_submodule(child).weight for column in places for parent, child in column]
+    pins, before = SimpleNamespace(settings=SimpleNamespace(pins_score="signed")), [w.clone() for w in weights]
+
+    def losses():
+        for batch in some:
+            yield task_loss(model(**evaluation.inputs(batch, torch.device("cpu"))), batch["labels"], 0, 1).mean()
+
+    signed, absolute = torch.zeros(2, sum(w.numel() for w in weights))
+    with torch.enable_grad():
+        for loss in losses():
+            grads = torch.autograd.grad(loss, weights)
+            values = [Pins.criterion(pins, w, g, s["lr"]).flatten() for w, g in zip(weights, grads, strict=True)]
+            signed += torch.cat(values).detach() / len(some)
+            absolute += torch.cat(values).detach().abs() / len(some)
+    base, rose = float(sum(losses())) / len(some), {}
+    with capsys.disabled():
+        print(f"\n{len(signed):,} weights, loss {base:.3f}")
+        for name, share in (("I", 0.001), ("I", 0.1), ("|I|", 0.1), ("|I|", 0.5)):
+            values = signed if name == "I" else absolute
+            drop = values <= values.kthvalue(int(share * len(values))).values
+            for w, old, gone in zip(weights, before, drop.split([w.numel() for w in weights]), strict=True):
+                w.copy_(old.masked_fill(gone.view_as(w), 0.0))
+            change = rose[name, share] = float(sum(losses())) / len(some) - base
+            predicted, bound = float(signed[drop].sum()), float(absolute[drop].sum())
+            print(f"drop {share:.1%} by {name}: predicted {predicted:+.4f}, bound {bound:.3f}, true {change:+.4f}")
+            assert name == "|I|" or predicted < -base  # below zero: a loss that cannot be
+    assert rose["I", 0.001] > 0.5 and rose["|I|", 0.5] < 0.1

@@ -259,10 +259,10 @@ def test_zeros_stay_zero(method):
     stays the release's, N - int(N (1 - v)) + 1; what is kept changes by re-ranking only, not by a second `update`."""
     model, m = make(method, hold=0.1, ramp=0.4)
     optimizer = torch.optim.AdamW([p for g in m.groups() for p in g["params"]], lr=1e-2, weight_decay=0.1)
-    n, torch_state = sum(m.sizes), torch.Generator().manual_seed(0)
+    n, generator = sum(m.sizes), torch.Generator().manual_seed(0)
     for step in range(20):
         for p in model.parameters():
-            p.grad = torch.randn(p.shape, generator=torch_state)
+            p.grad = torch.randn(p.shape, generator=generator)
         m.observe(step, 1e-3)
         ranked = m.mask
         optimizer.step()

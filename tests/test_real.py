@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import bench
 import train
-from model import load_model, task_loss
-from prune import MATRICES, METHODS, mask_layers
+from model import load_model
+from prune import MATRICES, mask_layers
 
 pytestmark = [
     pytest.mark.real,
@@ -78,32 +79,10 @@ def test_killed_thrice_is_uninterrupted(tmp_path):
 
 @pytest.mark.parametrize(("length", "most"), [(128, 1.15), (40, 1.3)])
 def test_step_time(length, most, capsys):
-    """A SMP-S step over a dense fine-tuning step (everything trained, fused AdamW), fp32, batch 32, in one process."""
-    steps = {}
-    for method in ("dense", "smp-s"):
-        s = train.settings_from({"task": "cola", "method": method})
-        Method = METHODS[method]
-        model = load_model(os.environ["BERT_DIR"], Method.head, 2, [2053, 2748] if Method.head == "words" else [])
-        m = Method(model.train(), s, 1000)
-        optimizer = torch.optim.AdamW(m.groups(), fused=True)
-        ids = torch.randint(1000, 20000, (32, length), generator=torch.Generator().manual_seed(0))
-        batch = {"input_ids": ids, "attention_mask": ids > 1500, "token_type_ids": ids % 2}
-
-        def step(number, model=model, m=m, optimizer=optimizer, batch=batch):
-            began = time.perf_counter()
-            loss = task_loss(model(**batch), torch.arange(32) % 2, 0, 1).mean()
-            loss.backward()
-            m.penalise(number)
-            torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            m.update(number + 1)
-            return time.perf_counter() - began
-
-        steps[method] = step
-    seconds = [(steps["smp-s"](300 + i), steps["dense"](300 + i)) for i in range(9)][2:]  # in turn; two to warm up
-    ratio = np.median([smp / dense for smp, dense in seconds])
+    """A SMP-S step over a dense fine-tuning step (everything trained, fused AdamW), fp32, batch 32, in turn."""
+    device, batch = torch.device("cpu"), bench.synthetic(length)
+    smp, dense = (bench.our_step(method, "minilm", device, "fp32") for method in ("smp-s", "dense"))
+    seconds = bench.alternate([lambda: smp(batch), lambda: dense(batch)], device, 7)
     with capsys.disabled():
-        dense, smp = np.median([d for _, d in seconds]), np.median([s for s, _ in seconds])
-        print(f"\nlength {length}: dense {1e3 * dense:.0f} ms, SMP-S {1e3 * smp:.0f} ms, ratio {ratio:.3f}")
-    assert ratio <= most
+        print()
+        assert bench.show(f"step, smp-s / dense, length {length}, fp32", seconds, ("smp-s", "dense")) <= most
