@@ -61,8 +61,8 @@ def test_the_mask_alone_comes_within_two_points(default_command):
 
 @torch.no_grad()
 def test_signed_importance_leaves_the_range_of_its_model(default_command, capsys):
-    """On the dense run: dropping the 0.1% of lowest signed I is predicted to lower the loss and ruins it; dropping half
-    by |I| changes it by less than 0.1. README's table: `pytest -s -k signed_importance`."""
+    """On the dense run: dropping the 0.1% of lowest signed I is predicted to bring the loss below zero, and harms it more
+    than dropping 500 times as many by |I|. README's table: `pytest -k signed_importance`."""
     run = default_command[0] / "runs/demo/dense"
     model, task, tokenizer, s = evaluation.load_run(run)
     model.eval()
@@ -93,6 +93,6 @@ def test_signed_importance_leaves_the_range_of_its_model(default_command, capsys
                 w.copy_(old.masked_fill(gone.view_as(w), 0.0))
             change = rose[name, share] = float(sum(losses())) / len(some) - base
             predicted, bound = float(signed[drop].sum()), float(absolute[drop].sum())
-            print(f"drop {share:.1%} by {name}: predicted {predicted:+.4f}, bound {bound:.3f}, true {change:+.4f}")
+            print(f"drop {share:.1%} by {name}: predicted {predicted:+.5f}, bound {bound:.3f}, true {change:+.5f}")
             assert name == "|I|" or predicted < -base  # below zero: a loss that cannot be
-    assert rose["I", 0.001] > 0.5 and rose["|I|", 0.5] < 0.1
+    assert rose["I", 0.001] > max(base, rose["|I|", 0.5])
