@@ -31,7 +31,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 from safetensors import SafetensorError
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import BertWordPieceTokenizer, Tokenizer
 from tqdm import tqdm
 
 
@@ -404,21 +404,14 @@ def build_tokenizer(path):
     """BERT's tokenizer from vocab.txt (one token per line) and the switches in tokenizer_config.json, if any."""
     with open(path, encoding="utf-8") as file:
         vocab = {line.rstrip("\n"): i for i, line in enumerate(file)}
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    if missing := set(special) - vocab.keys():
+    if missing := {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"} - vocab.keys():
         raise ValueError(f"no {' '.join(sorted(missing))}")
     config = path.with_name("tokenizer_config.json")
     config = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
-    tokenizer.normalizer = normalizers.BertNormalizer(
-        clean_text=True, handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+    tokenizer = BertWordPieceTokenizer(
+        vocab, handle_chinese_chars=config.get("tokenize_chinese_chars", True),
         strip_accents=config.get("strip_accents"), lowercase=config.get("do_lower_case", True))  # None: as lowercase
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
-        special_tokens=[(token, vocab[token]) for token in ("[CLS]", "[SEP]")])
-    tokenizer.add_special_tokens(special)
-    return tokenizer
+    return Tokenizer.from_str(tokenizer.to_str())
 
 
 def word_ids(tokenizer, words):

@@ -3,6 +3,8 @@
     python eval.py RUN                                       metrics on dev, density per layer and matrix type, size
     python eval.py RUN --split test --predictions CoLA.tsv   the GLUE leaderboard's form
     python eval.py MNLI_RUN --task ax --predictions AX.tsv   the diagnostic set, through a run on MNLI
+    python eval.py RUN --plot RUN.png                        densities and training curves, drawn with matplotlib
+    python eval.py RUN --density 0.2 0.1 0.05                its scores at other densities, without training
     python eval.py runs/*                                    one Markdown table over all runs
 """
 
@@ -11,13 +13,14 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from data import Parser, UserError, atomic_write, collate, get_task, load_dataset, load_tokenizer, program
-from model import load_model, read_json, to_score
+from model import find_model, load_model, model_sha256, read_json, read_safetensors, to_score
 from prune import MATRICES, METHODS
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,16 +171,77 @@ def load_run(run, which="model"):
     return model, task, tokenizer, settings
 
 
-def density_table(model):
-    """Lines of a table: the share of non-zero weights of each layer and matrix type, as saved; and the counts."""
-    layers = model.bert.encoder["layer"]
-    weights = [[layer.get_submodule(name).weight for name in MATRICES.values()] for layer in layers]
-    kept = np.array([[int(w.count_nonzero()) for w in row] for row in weights])  # (L, 6)
-    sizes = np.array([[w.numel() for w in row] for row in weights])
+def densities(model):
+    """(densities (L, 6), those of each head (L, H), lines of a table, kept, total): non-zero weights, as saved. A head
+    is its rows of Q, K, V and its columns of O."""
+    layers, heads = model.bert.encoder["layer"], model.config.num_attention_heads
+    masks = [[layer.get_submodule(name).weight != 0 for name in MATRICES.values()] for layer in layers]
+    kept = np.array([[int(mask.sum()) for mask in row] for row in masks])  # (L, 6)
+    sizes = np.array([[mask.numel() for mask in row] for row in masks])
+    stacked = torch.stack([torch.stack([q, k, v, o.T]) for q, k, v, o, _, _ in masks])  # (L, 4, C, C)
+    per_head = stacked.unflatten(2, (heads, -1)).float().mean((1, 3, 4))  # (L, H)
     lines = ["layer " + "".join(f"{letter:>8}" for letter in [*MATRICES, "all"])]
     for name, k, n in [*zip(range(len(layers)), kept, sizes, strict=True), ("all", kept.sum(0), sizes.sum(0))]:
         lines.append(f"{name:>5} " + "".join(f"{x:8.4f}" for x in [*(k / n), k.sum() / n.sum()]))
-    return lines, int(kept.sum()), int(sizes.sum())
+    return kept / sizes, per_head.numpy(), lines, int(kept.sum()), int(sizes.sum())
+
+
+def plot(run, which, path):
+    """A picture of a run: the density of each matrix and each head, and loss, density and dev metric over the steps."""
+    try:
+        from matplotlib.figure import Figure  # not pyplot: no display, no state
+    except ImportError:
+        raise UserError("--plot draws with matplotlib, which is not installed: pip install matplotlib") from None
+    model, task, _, s = load_run(run, which)
+    per_matrix, per_head, _, kept, total = densities(model)
+    rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure.suptitle(f"{s['method']} on {task.name}, density {kept / total:.4f}")
+    left, middle, right = figure.subplots(1, 3, width_ratios=(3, 4, 5))
+    for axes, values, names in ((left, per_matrix, list(MATRICES)), (middle, per_head, range(per_head.shape[1]))):
+        image = axes.imshow(values, vmin=0, aspect="auto")  # (L, 6 or H)
+        kind = "matrix" if axes is left else "head"
+        axes.set(title=f"density of each {kind}", ylabel="layer", xlabel=kind)
+        axes.set_xticks(range(len(names)), names)
+        figure.colorbar(image, ax=axes)
+    right.set(xlabel="step", ylabel="density, dev metric", ylim=(0, 1.02))
+    main, loss = task.metrics[0], right.twinx()
+    loss.set_ylabel("loss")
+    for axes, key, color in ((right, "density", "C0"), (loss, "loss", "C1")):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        axes.plot(*zip(*points, strict=True), color=color, label=key)
+    points = [(row["step"], row["metrics"][main]) for row in rows if "metrics" in row]
+    right.plot(*zip(*points, strict=True), "C2o-", label=main)
+    figure.legend(loc="outside lower right", ncols=3)
+    figure.savefig(path, dpi=150)
+    print(f"{path}: {kept:,} of {total:,} weights kept")
+
+
+@torch.no_grad()
+def sweep(run, which_densities, device, data_dir):
+    """Metrics on dev at other densities: the run's scores rank anew, and nothing is trained. Returns them."""
+    _, task, tokenizer, s = load_run(run)
+    config, Method = read_json(Path(run) / "config.json"), METHODS[s["method"]]
+    if Method.update is not METHODS["movement"].update:
+        raise UserError(f"--density: a {s['method']} run has nothing to rank anew; smp, movement and magnitude have")
+    source = find_model(s["model"])
+    if model_sha256(source) != config["model_sha256"]:
+        raise UserError(f"--density: {s['model']} is no longer the model that {run} began with")
+    model = load_model(source, Method.head, config["outputs"], config["words"], s["seed"]).to(device)
+    method = Method(model, SimpleNamespace(**s), total_steps=1)
+    tensors, _ = read_safetensors(Path(run) / "checkpoint.safetensors")  # what is masked, too, as training left it
+    for name, parameter in model.named_parameters():
+        if name in tensors:
+            parameter.copy_(tensors[name])
+    dev, found = load_dev(task, tokenizer, s["max_length"], data_dir), []
+    for density in which_densities:
+        if not 0 < density <= 1:
+            raise UserError(f"--density {density}: expected a number in (0, 1]")
+        method.settings.density = density
+        method.update(1)
+        found.append(evaluate(model, task, dev, device, config["dtype"]))
+        print(f"density {density:g}, achieved {method.achieved():.4f}: {show(found[-1])}", flush=True)
+    return found
 
 
 def report(run, which, device, data_dir):
@@ -188,7 +252,7 @@ def report(run, which, device, data_dir):
     print(f"{run}: {s['method']} on {task.name}, {'last step' if which == 'model' else 'best checkpoint'}, {dtype}")
     for name, value in metrics.items():
         print(f"  {name:12} {100 * value:.2f}")
-    lines, kept, total = density_table(model)
+    _, _, lines, kept, total = densities(model)
     print("density (non-zero weights over all, as saved)\n  " + "\n  ".join(lines))
     everything = sum(p.numel() for p in model.parameters())
     p = kept / total
@@ -230,14 +294,16 @@ def teacher_kind(teacher):
 
 def table(runs):
     """Markdown: one row per setting that differs in more than the seed; mean ± std over seeds, last step and best."""
-    groups = {}
+    found, groups = [], {}
     for run in runs:
         if not (Path(run) / "result.json").exists():
             print(f"{run}: no result.json, left out", file=sys.stderr)
             continue
-        result, config = read_json(Path(run) / "result.json"), read_json(Path(run) / "config.json")
-        settings = config["settings"]
-        setting = settings | dict.fromkeys(("seed", "out", "data_dir", "device", "resume", "log_every"))
+        found.append((read_json(Path(run) / "result.json"), read_json(Path(run) / "config.json")["settings"]))
+    compared = set.intersection(*(set(settings) for _, settings in found)) if found else set()
+    compared -= {"seed", "out", "data_dir", "device", "resume", "log_every"}
+    for result, settings in found:
+        setting = {name: settings[name] for name in compared}
         setting["teacher"] = taught = teacher_kind(settings["teacher"])  # each seed may have its own
         order = (result["task"], result["method"] != "dense", result["method"], -(result["density"] or 0.0), taught)
         groups.setdefault((order, json.dumps(setting, sort_keys=True)), []).append((result, settings))
@@ -258,6 +324,7 @@ def table(runs):
         extra = teacher_kind(settings["teacher"])
         extra += " (logit)" if settings["regression"] == "logit" else ""
         extra += " (signed)" if settings.get("pins_score") == "signed" and settings["method"] == "pins" else ""
+        extra += f" ({settings['pattern']})" if settings.get("pattern", "weight") != "weight" else ""
         asked = f"{r['density']:g}" if r["density"] else "by lambda"
         achieved = np.mean([r["achieved_density"] for r in results])
         minutes = np.mean([r["train_seconds"] for r in results]) / 60
@@ -272,6 +339,8 @@ def table(runs):
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder of train.py; several: a table")
+    parser.add_argument("--density", metavar="V", type=float, nargs="+", help="other densities, by the run's scores")
+    parser.add_argument("--plot", metavar="FILE", help="draw densities and training curves (PNG, PDF, SVG)")
     parser.add_argument("--best", action="store_true", help="the best checkpoint on dev instead of the last step")
     parser.add_argument("--predictions", metavar="FILE", help="write a split's predictions in the leaderboard's form")
     parser.add_argument("--split", default="test", help="split to predict: dev, test, dev_mm, test_mm (default: test)")
@@ -280,10 +349,14 @@ def main(argv=None):
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = parser.parse_args(argv)
     which = "best" if args.best else "model"
-    if args.predictions and len(args.runs) > 1:
-        raise UserError("--predictions: give one run")
+    if len(args.runs) > 1 and (args.predictions or args.plot or args.density):
+        raise UserError("--predictions, --plot and --density take one run")
     device = pick_device(args.device)
-    if args.predictions:
+    if args.density:
+        sweep(args.runs[0], args.density, device, args.data_dir)
+    elif args.plot:
+        plot(args.runs[0], which, Path(args.plot))
+    elif args.predictions:
         write_predictions(args.runs[0], which, device, args.data_dir, args.split, Path(args.predictions), args.task)
     elif len(args.runs) > 1:
         table(args.runs)

@@ -26,6 +26,8 @@ MATRICES = {
     "U": "intermediate.dense",
     "D": "output.dense",
 }
+# What a pattern keeps or drops as one block: rows of every letter but the last, with columns of the last.
+TIED = {"unit": ("UD",), "head": ("QKVO", "UD")}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # schedules: pure functions of the step
@@ -118,6 +120,21 @@ def top_k_mask(scores, k):
         mask[np.flatnonzero(flat == threshold)[-surplus:]] = False
     return torch.from_numpy(mask).view(scores.shape)
 
+
+
+def n_of_m_mask(scores, n, m):
+    """(out, in) bool: of every m neighbours along the input dimension the n largest, among equals the first."""
+    groups = scores.unflatten(1, (-1, m))  # (out, in / m, m)
+    best = groups.argsort(dim=2, descending=True, stable=True)[..., :n]
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(2, best, True).flatten(1)
+
+
+def block_values(scores, count):
+    """(count,) from matrices that have `count` blocks of rows each and, in the last of them, of columns: the mean over
+    all of a block's scores, in float64 (see SMPShared)."""
+    *rows, last = (s if s.is_mps else s.double() for s in scores)
+    parts = [s.unflatten(0, (count, -1)).sum((1, 2)) for s in rows] + [last.unflatten(1, (count, -1)).sum((0, 2))]
+    return (sum(parts) / (sum(s.numel() for s in scores) / count)).float()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the masked layer
@@ -319,9 +336,25 @@ class Movement(Dense):
 
     @torch.no_grad()
     def update(self, step):
-        shares = iter(self.shares(self.density(step)))
-        for column in self.masked.values():
-            k = [next(shares) * linear.weight.numel() for linear in column]
+        density, pattern, columns = self.density(step), self.settings.pattern, dict(self.masked)
+        if ":" in pattern:
+            n, m = map(int, pattern.split(":"))
+            for linear in self.linears:  # whole weights per group: n at the end of the ramp, not before
+                linear.mask.copy_(n_of_m_mask(self.rank(linear), max(n, math.ceil(density * m - 1e-9)), m))
+            return
+        layers, shares = len(columns["Q"]), self.shares(density)
+        shares = {letter: shares[i * layers : (i + 1) * layers] for i, letter in enumerate(columns)}
+        for letters in TIED.get(pattern, ()):
+            blocks = list(zip(*(columns.pop(letter) for letter in letters), strict=True))  # L tuples of linears
+            count = self.model.config.num_attention_heads if "Q" in letters else blocks[0][0].out_features
+            k = [count * sum(s) / len(s) for s in zip(*(shares[letter] for letter in letters), strict=True)]
+            values = [block_values([self.rank(linear) for linear in linears], count) for linears in blocks]
+            for (*rows, last), mask in zip(blocks, top_k_masks(values, k), strict=True):
+                for linear in rows:
+                    linear.mask.copy_(mask.repeat_interleave(linear.out_features // count)[:, None])  # (out, 1)
+                last.mask.copy_(mask.repeat_interleave(last.in_features // count))  # (in,)
+        for letter, column in columns.items():
+            k = [share * linear.weight.numel() for share, linear in zip(shares[letter], column, strict=True)]
             masks = top_k_masks([self.rank(linear) for linear in column], k)
             for linear, mask in zip(column, masks, strict=True):
                 linear.mask.copy_(mask)

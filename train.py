@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -31,32 +32,12 @@ import torch.distributed as dist
 from safetensors.torch import save as to_safetensors
 from torch.nn.parallel import DistributedDataParallel
 
-from data import (
-    TASKS,
-    Parser,
-    UserError,
-    atomic_write,
-    batches,
-    collate,
-    get_task,
-    load_dataset,
-    load_tokenizer,
-    program,
-    word_ids,
-)
+from data import TASKS, Parser, UserError, atomic_write, batches, collate, get_task, load_dataset, load_tokenizer
+from data import program, word_ids
 from eval import autocast, evaluate, inputs, load_dev, load_run, pick_device, predict, show
-from model import (
-    find_model,
-    load_model,
-    model_sha256,
-    read_config,
-    read_json,
-    read_safetensors,
-    save_model,
-    task_loss,
-    to_score,
-)
-from prune import METHODS, baked_state, distill, self_distill
+from model import find_model, load_model, model_sha256, read_config, read_json, read_safetensors, save_model
+from model import task_loss, to_score
+from prune import METHODS, TIED, baked_state, distill, self_distill
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings
@@ -97,7 +78,14 @@ class Settings:
     dropout: float = flag(None, "[0, 1)", "probability, hidden and attention; recipe 0.1, as in pretraining")
     seed: int = flag(0, "[0, 2147483647]", "of the new head, the order of the data and dropout")
 
-    score_lr: float = flag(None, "[0, inf)", "peak learning rate of the scores; recipe by method", "pruning")
+    pattern: str = flag(
+        "weight",
+        None,
+        "kept as one: a weight; a unit (FFN: a row of U with its column of D; attention by weight); a head (its rows "
+        "of Q, K, V and columns of O; FFN by unit); n:m, as 2:4: of every m inputs n, density n/m",
+        "pruning",
+    )
+    score_lr: float = flag(None, "[0, inf)", "peak learning rate of the scores; recipe by method")
     hold: float = flag(None, "[0, 1)", "fraction of the run at density 1, before the ramp; recipe by method")
     ramp: float = flag(None, "(0, 1]", "fraction of the run in which density falls; recipe by method")
     reg_lambda: float = flag(None, "[0, inf)", "final weight of the regulariser; recipe 400, l0 125")
@@ -193,7 +181,7 @@ def parse(argv):
         text = f.metadata["help"] + ("" if f.default is None else f"; default {f.default}")
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         within = f.metadata["within"]
-        extra = {"choices": within} if isinstance(within, tuple) else {"metavar": within or "PATH"}
+        extra = {"choices": within} if isinstance(within, tuple) else {"metavar": within}
         extra = {} if f.type is bool else extra
         group.add_argument(name, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind, **extra)
     return vars(parser.parse_args(argv))
@@ -205,11 +193,21 @@ def settings_from(given):
     s.task = get_task(s.task, s.task_file).name  # also: no such task
     if s.method == "dense" and s.density not in (None, 1.0):
         raise UserError(f"--density {s.density}: dense keeps every weight; choose another --method")
+    if s.pattern != "weight":
+        if METHODS[s.method].update is not METHODS["movement"].update:
+            raise UserError(f"--pattern {s.pattern}: {s.method} ranks single weights; use smp, movement or magnitude")
+        n, m = map(int, re.fullmatch(r"(\d{1,3}):(\d{1,3})|.*", s.pattern).groups(default="0"))
+        if s.pattern not in TIED and not 0 < n < m:
+            raise UserError(f"--pattern {s.pattern}: expected weight, {', '.join(TIED)} or n:m with 0 < n < m, as 2:4")
+        if m and s.density not in (None, n / m):
+            raise UserError(f"--density {s.density}: --pattern {s.pattern} keeps {n / m:g}; leave one of them out")
+        s.density = n / m if m else s.density
     for name, value in recipe(s).items():
         if getattr(s, name) is None:
             setattr(s, name, value)
     if s.out is None:
         kept = f"lambda{s.reg_lambda:g}" if s.density is None else f"{s.density:g}"
+        kept += "" if s.pattern == "weight" else "-" + s.pattern.replace(":", "of")
         s.out = f"runs/{s.task}-{s.method}-{kept}-s{s.seed}"
     for f in fields(Settings):
         value, within = getattr(s, f.name), f.metadata["within"]
@@ -358,6 +356,10 @@ def train(s, resume=False, command=""):
     tokenizer = load_tokenizer(source, config.vocab_size)
     if s.max_length > config.max_position_embeddings:
         raise UserError(f"--max-length {s.max_length}: {s.model} has {config.max_position_embeddings} positions")
+    group = int(s.pattern.partition(":")[2] or 1)
+    if config.hidden_size % group or config.intermediate_size % group:
+        widths = f"{config.hidden_size} and {config.intermediate_size}"
+        raise UserError(f"--pattern {s.pattern}: the matrices of {s.model} have {widths} inputs")
     Method = METHODS[s.method]
     outputs, words = task.num_classes or 1, []
     if Method.head == "words":
@@ -538,22 +540,12 @@ def train(s, resume=False, command=""):
 
     seconds = seconds_before + time.perf_counter() - started
     save(out / "model")
-    result = {
-        "task": task.name,
-        "model": s.model,
-        "method": s.method,
-        "density": s.density,
-        "achieved_density": method.achieved(),
-        "metrics": progress["metrics"],
-        "best": progress["best"],
-        "seed": s.seed,
-        "steps": total_steps,
-        "epochs": round(total_steps / steps_per_epoch, 3),
-        "train_seconds": round(seconds, 2),
-        "examples_per_second": round(total_steps * examples_per_step / (seconds - progress["eval_seconds"]), 2),
-        "peak_memory_bytes": peak_memory(device),
-        "command": command,
-    }
+    result = {"task": task.name, "model": s.model, "method": s.method, "density": s.density}
+    result |= {"achieved_density": method.achieved(), "metrics": progress["metrics"], "best": progress["best"]}
+    result |= {"seed": s.seed, "steps": total_steps, "epochs": round(total_steps / steps_per_epoch, 3)}
+    speed = total_steps * examples_per_step / (seconds - progress["eval_seconds"])
+    result |= {"train_seconds": round(seconds, 2), "examples_per_second": round(speed, 2)}
+    result |= {"peak_memory_bytes": peak_memory(device), "command": command}
     if rank == 0:
         scores = {name: tensor.cpu().contiguous() for name, tensor in method.scores().items()}
         if scores:

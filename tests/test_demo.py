@@ -61,8 +61,8 @@ def test_the_mask_alone_comes_within_two_points(default_command):
 
 @torch.no_grad()
 def test_signed_importance_leaves_the_range_of_its_model(default_command, capsys):
-    """On the dense run: dropping the 0.1% of lowest signed I is predicted to bring the loss below zero, and harms it more
-    than dropping 500 times as many by |I|. README's table: `pytest -k signed_importance`."""
+    """On the dense run: dropping the 0.1% of lowest signed I is predicted to bring the loss below zero, and harms it
+    more than dropping 500 times as many by |I|. README's table: `pytest -k signed_importance`."""
     run = default_command[0] / "runs/demo/dense"
     model, task, tokenizer, s = evaluation.load_run(run)
     model.eval()

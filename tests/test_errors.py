@@ -61,6 +61,11 @@ QUERY = "bert.encoder.layer.1.attention.self.query.weight"
         (["--epochs", "two"], ["--epochs", "two"]),
         (["--ramp", "0"], ["--ramp"]),
         (["--hold", "0.5", "--ramp", "0.6"], ["--hold 0.5", "--ramp 0.6"]),
+        (["--pattern", "4:2"], ["--pattern 4:2", "0 < n < m"]),
+        (["--pattern", "rows"], ["--pattern rows", "weight, unit, head or n:m"]),
+        (["--pattern", "2:4", "--density", "0.1"], ["--density 0.1", "0.5"]),
+        (["--pattern", "2:5"], ["--pattern 2:5", "32"]),  # the model's width
+        (["--pattern", "head", "--method", "pins"], ["--pattern head", "pins ranks single weights"]),
         (["--method", "pins", "--pins-score", "unsigned"], ["unsigned", "signed"]),
         (["--method", "pins", "--teacher-split", "0.6"], ["--teacher-split 0.6", "[0, 0.5]"]),
         (["--method", "pins", "--teacher", "self:nowhere"], ["nowhere"]),

@@ -51,7 +51,7 @@ RUNS = {
 def test_smp_run(name):
     expected, steps = golden(name), 40
     settings = {"ramp": 30 / 40, "reg_lambda": 400.0, "temperature_s": 1.0, "score_lr": 2e-2, "redistribute": False}
-    settings |= {"hold": 0.0, "lr": 0.0, "weight_decay": 0.0}
+    settings |= {"hold": 0.0, "lr": 0.0, "weight_decay": 0.0, "pattern": "weight"}
     settings = SimpleNamespace(**settings | RUNS[name])
     words = golden("batches")["label_words"].tolist()
     # in float64, since Adam's first step, g / (|g| + 1e-8), is all rounding where g is about 1e-8, as one here is
@@ -139,6 +139,7 @@ def test_masked_linear(key):
     expected, threshold = golden("masked_linear"), float(key.rpartition("_")[2])
     config = BertConfig(vocab_size=9, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=24)
     settings = {"hold": 0.0, "ramp": 0.5, "density": threshold, "lr": 0.0, "score_lr": 0.0, "seed": 0}
+    settings |= {"pattern": "weight"}
     method = METHODS[MASKS[key]](Bert(config, "classifier", 2), SimpleNamespace(**settings), 10)
     method.threshold = threshold  # tau
     (layer,) = method.masked["U"]

@@ -18,7 +18,7 @@ from prune import METHODS, MaskedLinear, cubic_at, distill, share_out, top_k_mas
 
 TINY = Path(__file__).parent / "golden" / "tiny-bert"
 SETTINGS = {"density": 0.1, "hold": 0.0, "ramp": 0.5, "reg_lambda": 400.0, "temperature_s": 1.0, "redistribute": True}
-SETTINGS |= {"score_lr": 2e-2, "lr": 1e-3, "weight_decay": 0.01, "seed": 0}
+SETTINGS |= {"pattern": "weight", "score_lr": 2e-2, "lr": 1e-3, "weight_decay": 0.01, "seed": 0}
 SETTINGS |= {"pins_score": "absolute", "pins_window": 2, "beta1": 0.85, "beta2": 0.99}
 
 
@@ -94,6 +94,45 @@ def test_exact_k_from_all_zero_scores():
                 assert int(linear.mask.sum()) == int(0.1 * linear.mask.numel())
                 k = int(linear.mask.sum())
                 assert linear.mask.flatten()[:k].all()  # the first in row-major order
+
+
+@pytest.mark.parametrize("method", ["smp-l", "smp-s", "movement", "magnitude"])
+@pytest.mark.parametrize("pattern", ["2:4", "1:8", "unit", "head"])
+def test_patterns(method, pattern):
+    """What a pattern ties is kept or dropped whole, at the density asked for; what is kept has the largest scores."""
+    model, m = make(method, pattern=pattern, density={"2:4": 0.5, "1:8": 0.125, "head": 0.5}.get(pattern, 0.3))
+    heads, units = model.config.num_attention_heads, model.config.intermediate_size
+    for scores in (torch.zeros, torch.randn):  # all tied, and not
+        for linear in m.linears:
+            (linear.weight if linear.scores is None else linear.scores).data.copy_(scores(linear.weight.shape))
+        m.update(20)
+        q, k, v, o, u, d = ([linear.mask for linear in column] for column in m.masked.values())
+        if ":" in pattern:
+            n, size = map(int, pattern.split(":"))
+            for mask in (*q, *k, *v, *o, *u, *d):
+                assert (mask.unflatten(1, (-1, size)).sum(2) == n).all()
+            m.update(0)
+            assert m.achieved() == 1
+            m.update(9)  # the ramp, not quite at its end: one more per group
+            assert m.achieved() == pytest.approx((n + 1) / size)
+            continue
+        for up, down in zip(u, d, strict=True):
+            kept = up[:, 0]
+            assert torch.equal(up, kept[:, None].expand_as(up)) and torch.equal(down, kept.expand_as(down))
+        assert sum(int(up[:, 0].sum()) for up in u) == pytest.approx(m.settings.density * units * len(u), abs=len(u))
+        if pattern == "unit":
+            assert sum(map(torch.sum, (*q, *k))) == pytest.approx(0.3 * sum(map(torch.numel, (*q, *k))), abs=2 * len(q))
+            continue
+        for parts in zip(q, k, v, o, strict=True):
+            kept = parts[0].unflatten(0, (heads, -1))[:, 0, 0]
+            rows = kept.repeat_interleave(len(parts[0]) // heads)
+            assert all(torch.equal(mask, rows[:, None].expand_as(mask)) for mask in parts[:3])
+            assert torch.equal(parts[3], rows.expand_as(parts[3]))
+    values = prune.block_values([m.rank(linear) for linear in (m.masked["U"][0], m.masked["D"][0])], units)
+    expected = m.rank(m.masked["U"][0]).sum(1) + m.rank(m.masked["D"][0]).sum(0)
+    assert (values * 2 * model.config.hidden_size - expected).abs().max() < 1e-4
+    if ":" not in pattern:
+        assert values[m.masked["U"][0].mask[:, 0]].min() >= values[~m.masked["U"][0].mask[:, 0]].max()
 
 
 def test_straight_through():

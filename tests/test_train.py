@@ -78,7 +78,7 @@ def test_run_folder(tiny, finished):
         assert [row["step"] for row in log if "loss" in row] == list(range(1, 27))
         assert [row["step"] for row in log if "metrics" in row] == [13, 26]
         assert log[-1]["metrics"] == result["metrics"]
-        lines, kept, total = evaluation.density_table(evaluation.load_run(out)[0])
+        lines, kept, total = evaluation.densities(evaluation.load_run(out)[0])[2:]
         assert kept == round(result["achieved_density"] * total)  # counted in the file, zeros that are zeros
     out = finished / "smp-s"
     n = sum(x.numel() for name, x in load_file(out / "scores.safetensors").items() if "mask" in name)
@@ -97,6 +97,49 @@ def test_pretrained_weights_do_not_move(tiny, finished):
         masked += mask is not None
         assert torch.equal(tensor, before[name] if mask is None else before[name] * mask)
     assert masked == 18
+
+
+@pytest.mark.parametrize("method", ["smp-s", "movement", "magnitude"])
+def test_sweep_of_densities(tiny, finished, method, capsys):
+    """At the density of training the sweep is the run; the counts are those asked for; at 1 SMP is the base model."""
+    data = ["--data-dir", tiny[5]]
+    assert evaluation.main([str(finished / method), "--density", "1", "0.1", "0.5", *data]) == 0
+    whole, same, half = capsys.readouterr().out.strip().split("\n")
+    result = json.loads((finished / method / "result.json").read_text())
+    assert same == f"density 0.1, achieved {result['achieved_density']:.4f}: {evaluation.show(result['metrics'])}"
+    assert whole.startswith("density 1, achieved 1.0000: ")
+    assert 0.499 < float(half.removeprefix("density 0.5, achieved ").split(":")[0]) <= 0.5
+    if method == "smp-s":
+        task = evaluation.load_run(finished / method)[1]
+        tokenizer = evaluation.load_tokenizer(tiny[1], 120)
+        model = load_model(tiny[1], "words", words=word_ids(tokenizer, task.words))
+        dev = evaluation.load_dev(task, tokenizer, 24, tiny[5])
+        assert whole.endswith(evaluation.show(evaluation.evaluate(model, task, dev, torch.device("cpu"), "fp32")))
+    assert evaluation.main([str(finished / "pins"), "--density", "0.5", *data]) == 2
+    assert evaluation.main([str(finished / method), "--density", "nan", *data]) == 2
+    assert "nothing to rank anew" in (said := capsys.readouterr().err) and "(0, 1]" in said
+
+
+def test_plot(tiny, finished, tmp_path, capsys, monkeypatch):
+    """Densities of a mask with one head and one row emptied; the picture, or one sentence that says what it needs."""
+    model = evaluation.load_run(finished / "dense")[0]
+    attention = model.bert.encoder["layer"][1].attention["self"]
+    query, key, value = attention.query.weight, attention.key.weight, attention.value.weight
+    size = len(query) // model.config.num_attention_heads
+    with torch.no_grad():
+        for weight in (query, key, value):
+            weight[:size] = 0
+    per_matrix, per_head, _, kept, total = evaluation.densities(model)
+    assert kept == total - 3 * size * len(query) and per_matrix[1, 0] == 1 - size / len(query)
+    assert per_head[1, 0] == 0.25 and per_head.sum() == per_head.size - 0.75
+    path = tmp_path / "run.png"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        assert evaluation.main([str(finished / "smp-s"), "--plot", str(path)]) == 2
+        assert "pip install matplotlib" in capsys.readouterr().err and not path.exists()
+    pytest.importorskip("matplotlib")
+    assert evaluation.main([str(finished / "smp-s"), "--plot", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_same_seed_same_run(tiny, finished, tmp_path):
