@@ -8,6 +8,7 @@ Each ratio is the median over alternating runs (one of ours, one of theirs, and 
 for both. Weights are random in the shape of a real model: MiniLM-L6-H384 on a CPU, BERT-base on a GPU.
 """
 
+import copy
 import os
 import subprocess
 import sys
@@ -237,6 +238,23 @@ def part_select(a, device):
     for i, name in enumerate(ways):
         if name != "ours":
             show(f"select, {name} / ours", seconds[:, [i, -1]], (name, "ours"))
+
+
+@torch.no_grad()
+def part_sparse(a, device):
+    """CSR execution against dense, in fp32 and bf16, on the CPU: random masks, batches of 1, 8, 32, lengths 32, 128."""
+    import deploy  # which imports this file
+
+    cpu = torch.device("cpu")
+    for density in (0.1, 0.03):
+        dense = Bert(BertConfig(**SHAPES[a.shape]), "classifier", 2, mlm=False).eval().requires_grad_(False)
+        for linear in deploy.encoder_linears(dense):
+            linear.weight *= torch.rand_like(linear.weight) < density
+        thin = copy.deepcopy(dense)
+        print(f"sparse, {a.shape}, density {density}: {deploy.sparse(thin)} matrices as CSR")
+        for size in (1, 8, 32):
+            for length in (32, 128):
+                deploy.speed(dense, thin, inputs(synthetic(length, size), cpu), cpu, a.repeat)
 
 
 def part_evaluate(a, device):

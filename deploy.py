@@ -2,6 +2,7 @@
 
     python deploy.py RUN --export DIR                      a folder that `transformers` loads, with no code of ours
     python deploy.py RUN --compact DIR                     the same function with what the mask made idle folded away
+    python deploy.py RUN --sparse                          its metrics and speed with CSR matrices on a CPU
     python deploy.py RUN --save-mask FILE                  a SMP task as one small file: a mask over public weights
     python deploy.py --model BASE --mask FILE [--mask FILE ...]      evaluate such files, one base in memory for all
     python deploy.py --model BASE --mask MNLI.npy --task mnli --words maybe no yes    a mask released with the SMP paper
@@ -14,27 +15,21 @@ between them, a byte each (255: carry on), Huffman-coded by zlib: the entropy of
 import hashlib
 import json
 import sys
+import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.numpy import save as to_safetensors
 from safetensors.torch import save as torch_to_safetensors
+from torch.nn.utils.rnn import pad_sequence
 
 from bench import alternate
 from data import Parser, UserError, atomic_write, collate, get_task, load_tokenizer, program, word_ids
-from eval import evaluate, inputs, load_dev, load_run, pick_device, predict, score, show
-from model import (
-    Bert,
-    BertConfig,
-    find_model,
-    load_model,
-    model_sha256,
-    read_json,
-    read_safetensors,
-    save_model,
-)
+from eval import autocast, evaluate, inputs, load_dev, load_run, pick_device, predict, score, show
+from model import Bert, BertConfig, find_model, load_model, model_sha256, read_json, read_safetensors, save_model
 from prune import MATRICES, METHODS, mask_layers, masked_linears
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -49,13 +44,18 @@ def export(run, folder, which):
     BertForTokenClassification, read at position 0, whose classifier is the words' rows of the embedding.
     """
     model, task, _, _ = load_run(run, which)
+    write_export(folder, model, task, Path(run) / which)
+
+
+def write_export(folder, model, task, source):
+    """The folder for `model`; `source`: where its tokenizer's files are."""
     state, labels, kind = model.state_dict(), task.labels, None
     if model.head == "words" and not hasattr(model, "cls"):
         rows = state["bert.embeddings.word_embeddings.weight"][model.words]  # (K, C)
         state = {name: tensor for name, tensor in state.items() if not name.startswith("bert.pooler.")}
         state |= {"classifier.weight": rows, "classifier.bias": torch.zeros(len(rows))}
         labels, kind = labels or task.words[-len(rows) :], "BertForTokenClassification"
-    save_model(folder, model, state, Path(run) / which, labels, kind)
+    save_model(folder, model, state, source, labels, kind)
     config = read_json(Path(folder) / "config.json")
     if config["architectures"] == ["BertForMaskedLM"]:
         config |= {"label_words": task.words[-model.outputs :], "label_word_ids": model.words.tolist()}
@@ -174,44 +174,13 @@ def compact_feed_forward(up, down):
     unread (an empty down-column)."""
     weight, bias = down.weight.double(), down.bias.double()
     constant, unread = ~up.weight.any(1), ~down.weight.any(0)  # (F,)
-    bias = bias + weight[:, constant] @ torch.nn.functional.gelu(up.bias.double()[constant])
+    bias = bias + weight[:, constant] @ F.gelu(up.bias.double()[constant])
     keep = ~constant & ~unread
     return linear_of(up.weight[keep], up.bias[keep]), linear_of(weight[:, keep], bias)
 
 
-class CompactAttention(torch.nn.Module):
-    """SelfAttention with heads of different sizes: `inner` and `outer` are those of each head's queries and values.
-
-    The projections are as small as the sum of the sizes; for the softmax each head is padded with zeros to the largest.
-    `scale` stays that of the original head size.
-    """
-
-    def __init__(self, query, key, value, inner, outer, scale):
-        super().__init__()
-        self.query, self.key, self.value, self.heads, self.scale = query, key, value, len(inner), scale
-        self.sizes = inner, outer
-        for name, sizes in (("inner", inner), ("outer", outer)):
-            places = [h * max(sizes) + d for h, size in enumerate(sizes) for d in range(size)]
-            self.register_buffer(name, torch.tensor(places, dtype=torch.long), persistent=False)
-        self.width, self.depth = max(inner), max(outer)
-
-    def spread(self, x, places, size):
-        """(B, T, sum of sizes) -> (B, H, T, size), zeros where a head is smaller."""
-        if len(places) < self.heads * size:
-            x = x.new_zeros(*x.shape[:-1], self.heads * size).index_copy_(-1, places, x)
-        return x.unflatten(-1, (self.heads, size)).transpose(1, 2)
-
-    def forward(self, hidden, readers, mask):
-        q = self.spread(self.query(readers), self.inner, self.width)  # (B, H, R, width)
-        k = self.spread(self.key(hidden), self.inner, self.width)  # (B, H, T, width)
-        v = self.spread(self.value(hidden), self.outer, self.depth)  # (B, H, T, depth)
-        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=self.scale)  # (B, H, R, depth)
-        mixed = mixed.transpose(1, 2).flatten(2)  # (B, R, H * depth)
-        return mixed if len(self.outer) == mixed.size(-1) else mixed[..., self.outer]  # (B, R, sum of outer)
-
-
 def compact_attention(attention, output):
-    """(CompactAttention, output projection) that compute what a SelfAttention and its output projection do.
+    """(output projection, its heads' query and value sizes) after making a SelfAttention compact in place.
 
     A value dimension with an empty row is its bias, as attention weights sum to one: folded into the output bias; one
     with an empty output column is unread. A key dimension with an empty row adds the same to every score of a query,
@@ -220,8 +189,8 @@ def compact_attention(attention, output):
     """
     q, k, v = ((m.weight.double(), m.bias.double()) for m in (attention.query, attention.key, attention.value))
     weight, bias = output.weight.double(), output.bias.double()
-    size, heads = len(q[0]) // attention.heads, []
-    for rows in torch.arange(len(q[0])).split(size):
+    heads = []
+    for rows in torch.arange(len(q[0])).chunk(attention.heads):
         constant = ~v[0][rows].any(1)
         bias = bias + weight[:, rows[constant]] @ v[1][rows[constant]]
         values = rows[~constant & weight[:, rows].any(0)]
@@ -238,24 +207,55 @@ def compact_attention(attention, output):
     if not heads:  # nothing is read: one head of one zero
         zero = weight.new_zeros(1, weight.size(0))
         heads = [[zero, zero[:, 0], zero, zero[:, 0], zero, zero[:, 0], zero]]
-    qw, qb, kw, kb, vw, vb, ow = (torch.cat(part) for part in zip(*heads, strict=True))
-    inner, outer = [len(h[0]) for h in heads], [len(h[4]) for h in heads]
-    small = CompactAttention(linear_of(qw, qb), linear_of(kw, kb), linear_of(vw, vb), inner, outer, size**-0.5)
-    return small, linear_of(ow.T.contiguous(), bias)
+    qw, qb, kw, kb, vw, vb, ow = (pad_heads(part) for part in zip(*heads, strict=True))
+    attention.query, attention.key, attention.value = linear_of(qw, qb), linear_of(kw, kb), linear_of(vw, vb)
+    attention.heads = len(heads)  # its scale stays that of the original head size
+    return linear_of(ow.T.contiguous(), bias), [len(h[0]) for h in heads], [len(h[4]) for h in heads]
+
+
+def pad_heads(parts):
+    """(H * n, ...) from the (n_h, ...) of each head, zeros after its own: once, rather than in every forward."""
+    return pad_sequence(list(parts), batch_first=True).flatten(0, 1)
+
+
+def change_heads(state, sizes, change):
+    """change(tensor, sizes of the heads), in place, of all in a state dict that heads divide: rows of Q, K, V, columns
+    of O."""
+    for i, (inner, outer, _) in enumerate(sizes):
+        at = f"bert.encoder.layer.{i}.attention."
+        for name, n in (("query", inner), ("key", inner), ("value", outer)):
+            for kind in ("weight", "bias"):
+                state[f"{at}self.{name}.{kind}"] = change(state[f"{at}self.{name}.{kind}"], n)
+        state[f"{at}output.dense.weight"] = change(state[f"{at}output.dense.weight"].T, outer).T.contiguous()
+
+
+def encoder_linears(model):
+    """The six linear layers of every layer, whatever their sizes."""
+    return [layer.get_submodule(name) for layer in model.bert.encoder["layer"] for name in MATRICES.values()]
 
 
 @torch.no_grad()
-def compact(model):
-    """Compact a baked model in place, for evaluation: the function of its weights stays, their number falls."""
-    for layer in model.bert.encoder["layer"]:
+def compact(model, uniform=False, drop_rows=0):
+    """Compact a baked model in place, for evaluation: the function of its weights stays, their number falls. Returns
+    [query sizes of the heads, value sizes, units] of each layer. `uniform`: only what stock classes can hold, the same
+    number of units in every layer. `drop_rows`: rows with fewer weights are emptied first; lossy."""
+    sizes, layers = [], model.bert.encoder["layer"]
+    for linear in encoder_linears(model):
+        linear.weight[linear.weight.count_nonzero(dim=1) < drop_rows] = 0.0
+    for layer in layers:
         attention, inner = layer.attention, layer.intermediate
-        attention["self"], attention["output"].dense = compact_attention(attention["self"], attention["output"].dense)
         inner["dense"], layer.output.dense = compact_feed_forward(inner["dense"], layer.output.dense)
-
-
-def encoder_weights(model):
-    """The six matrices of every layer, whatever their sizes."""
-    return [layer.get_submodule(name).weight for layer in model.bert.encoder["layer"] for name in MATRICES.values()]
+        sizes.append([[], [], inner["dense"].out_features])
+        if not uniform:
+            attention["output"].dense, *sizes[-1][:2] = compact_attention(attention["self"], attention["output"].dense)
+    if uniform:
+        model.config.intermediate_size = most = max(units for _, _, units in sizes) or 1
+        for layer in layers:
+            up, down = layer.intermediate["dense"], layer.output.dense
+            more = most - up.out_features  # units of zeros
+            layer.intermediate["dense"] = linear_of(F.pad(up.weight, (0, 0, 0, more)), F.pad(up.bias, (0, more)))
+            layer.output.dense = linear_of(F.pad(down.weight, (0, more)), down.bias)
+    return sizes
 
 
 def load_compact(folder):
@@ -266,61 +266,163 @@ def load_compact(folder):
             config = BertConfig(**about["config"])
             parts = [any(name.startswith(part) for name in state) for part in ("bert.pooler.", "cls.predictions.")]
             model = Bert(config, about["head"], about["outputs"], about["words"], *parts)
-            width, scale = config.hidden_size, (config.hidden_size // config.num_attention_heads) ** -0.5
         model.words = torch.tensor(about["words"], dtype=torch.long)
-        for layer, (inner, outer, units) in zip(model.bert.encoder["layer"], about["sizes"], strict=True):
-            shapes = (sum(inner), width), (sum(inner), width), (sum(outer), width)
-            linears = [torch.nn.Linear(w, n, device="meta") for n, w in shapes]
-            layer.attention["self"] = CompactAttention(*linears, inner, outer, scale)
-            layer.attention["output"].dense = torch.nn.Linear(sum(outer), width, device="meta")
-            layer.intermediate["dense"] = torch.nn.Linear(width, units, device="meta")
-            layer.output.dense = torch.nn.Linear(units, width, device="meta")
+        change_heads(state, about["sizes"], lambda tensor, n: pad_heads(tensor.split(n)))
+        for i, (layer, (inner, _, units)) in enumerate(zip(model.bert.encoder["layer"], about["sizes"], strict=True)):
+            layer.attention["self"].heads = len(inner)
+            for name in MATRICES.values():
+                linear, at = layer.get_submodule(name), f"bert.encoder.layer.{i}.{name}"
+                linear.weight, linear.bias = (torch.nn.Parameter(state[f"{at}.{kind}"]) for kind in ("weight", "bias"))
+            if len(layer.intermediate["dense"].weight) != units:
+                raise ValueError(f"layer {i} has other than {units} units")
         model.load_state_dict(state, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder}: not a whole compact model ({str(error).splitlines()[0]}); write it again") from None
     return model.eval(), about
 
 
-def save_compact(run, folder, which, drop_rows, device, data_dir):
-    """Write a run's model compacted (`drop_rows`: rows with fewer weights kept are emptied first, which is lossy), in a
-    layout of our own, since stock classes cannot hold ragged heads; prints what the written model saves and changes."""
+def save_compact(run, folder, which, drop_rows, uniform, device, data_dir):
+    """Write a run's model compacted, and print what it saves and changes. Stock classes cannot hold heads of different
+    sizes: the layout is ours, or with `uniform` theirs."""
     before, task, tokenizer, s = load_run(run, which)
-    model, _, _, _ = load_run(run, which)
-    with torch.no_grad():
-        for weight in encoder_weights(model):
-            weight[weight.count_nonzero(dim=1) < drop_rows] = 0.0
-    compact(model)
-    layers = model.bert.encoder["layer"]
-    sizes = [[*layer.attention["self"].sizes, layer.intermediate["dense"].out_features] for layer in layers]
-    about = {"task": s["task"], "task_file": s["task_file"], "max_length": s["max_length"]}
-    about |= {"config": vars(model.config), "head": model.head, "outputs": model.outputs, "words": model.words.tolist()}
-    about |= {"labels": list(task.labels), "sizes": sizes}
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    atomic_write(Path(folder) / "compact.safetensors", torch_to_safetensors(state))
-    tokenizer.save(str(Path(folder) / "tokenizer.json"))
-    atomic_write(Path(folder) / "compact.json", json.dumps(about) + "\n")
+    after, _, _, _ = load_run(run, which)
+    sizes = compact(after, uniform, drop_rows)
+    config, total = before.config, sum(linear.weight.numel() for linear in encoder_linears(before))
+    if uniform:
+        write_export(folder, after, task, Path(run) / which)
+        left = sum(linear.weight.numel() for linear in encoder_linears(after))
+        kept = f"{after.config.intermediate_size:,} of {config.intermediate_size:,} units in each layer"
+    else:
+        about = {"task": s["task"], "task_file": s["task_file"], "max_length": s["max_length"], "head": after.head}
+        about |= {"config": vars(config), "outputs": after.outputs, "words": after.words.tolist()}
+        about |= {"labels": list(task.labels), "sizes": sizes}
+        state = after.state_dict()
+        change_heads(state, sizes, lambda tensor, n: torch.cat(
+            [head[:size] for head, size in zip(tensor.unflatten(0, (len(n), -1)), n, strict=True)]))  # fmt: skip
+        state = {name: tensor.contiguous() for name, tensor in state.items()}
+        atomic_write(Path(folder) / "compact.safetensors", torch_to_safetensors(state))
+        tokenizer.save(str(Path(folder) / "tokenizer.json"))
+        atomic_write(Path(folder) / "compact.json", json.dumps(about) + "\n")
+        after, _ = load_compact(folder)
+        left = sum(2 * config.hidden_size * (sum(inner) + sum(outer) + units) for inner, outer, units in sizes)
+        kept = f"{sum(len(inner) for inner, _, _ in sizes)} of {len(sizes) * config.num_attention_heads} heads, "
+        kept += f"{sum(units for _, _, units in sizes):,} of {len(sizes) * config.intermediate_size:,} units"
+    print(f"{folder}: {left:,} of {total:,} encoder weights ({left / total:.3f}); {kept}")
+    compare(before, after, task, load_dev(task, tokenizer, s["max_length"], data_dir), device)
 
-    after, _ = load_compact(folder)
-    left, total = (sum(weight.numel() for weight in encoder_weights(m)) for m in (after, before))
-    heads, units = sum(len(inner) for inner, _, _ in sizes), sum(units for _, _, units in sizes)
-    config = model.config
-    print(
-        f"{folder}: {left:,} of {total:,} encoder weights ({left / total:.3f}); {heads} of "
-        f"{len(sizes) * config.num_attention_heads} heads, {units:,} of {len(sizes) * config.intermediate_size:,} units"
-    )
-    (dev, *_) = load_dev(task, tokenizer, s["max_length"], data_dir).values()
-    models = [m.to(device).eval() for m in (before, after)]
-    logits = [predict(m, dev, device, "fp32") for m in models]
-    faster = []
-    for size in (1, 32):
-        few = inputs(collate(dev, np.arange(min(size, len(dev)))), device)
-        with torch.no_grad():
-            seconds = alternate([lambda: before(**few), lambda: after(**few)], device, 7)  # noqa: B023
-        faster.append(np.median(seconds[:, 0] / seconds[:, 1]))
-    gap = (logits[0] - logits[1]).abs().max()
-    print(f"logits on dev differ by {gap:.1e} at most; speed-up {faster[0]:.2f}, at batch 32 {faster[1]:.2f}, fp32")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sparse execution on a CPU
+
+DENSEST = 0.15  # a matrix is stored as CSR up to this density; from about 0.2 on the dense product is faster (measured)
+TOKENS = 256  # computed at a time, so that what a layer makes stays in the cache (measured, as fast or faster than 512)
+
+
+class SparseLayer(torch.nn.Module):
+    """A Layer over activations (C, B, T): in this layout a product with a CSR matrix on the left transposes nothing."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.attention, self.intermediate, self.output = layer.attention, layer.intermediate, layer.output
+
+    @staticmethod
+    def product(linear, x):
+        y = torch.addmm(linear.bias[:, None], linear.weight, x.flatten(1))  # (out, in) x (in, B * T)
+        return y.unflatten(1, x.shape[1:])
+
+    @staticmethod
+    def norm(x, layer_norm):
+        x = x - x.mean(0)
+        x *= (x.square().mean(0) + layer_norm.eps).rsqrt()
+        return torch.addcmul(layer_norm.bias[:, None, None], x, layer_norm.weight[:, None, None])
+
+    def forward(self, hidden, mask, first_only=False):
+        readers, attention = hidden[..., :1] if first_only else hidden, self.attention["self"]
+        pairs = (attention.query, readers), (attention.key, hidden), (attention.value, hidden)
+        q, k, v = (self.product(*pair).unflatten(0, (attention.heads, -1)) for pair in pairs)  # (H, D, B, T)
+        q, k, v = (x.permute(2, 0, 3, 1).contiguous() for x in (q, k, v))  # (B, H, T, D), as the fast kernel needs it
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, scale=attention.scale)
+        mixed = mixed.permute(1, 3, 0, 2).flatten(0, 1)  # (C, B, T)
+        output = self.attention["output"]
+        readers = self.norm(readers + self.product(output.dense, mixed), output.LayerNorm)
+        inner = F.gelu(self.product(self.intermediate["dense"], readers))  # (F, B, T)
+        return self.norm(readers + self.product(self.output.dense, inner), self.output.LayerNorm)
+
+
+class SparseBertModel(torch.nn.Module):
+    """In place of a BertModel, for evaluation."""
+
+    def __init__(self, bert):
+        super().__init__()
+        self.embeddings, self.pooler = bert.embeddings, getattr(bert, "pooler", None)
+        self.encoder = torch.nn.ModuleDict({"layer": torch.nn.ModuleList(map(SparseLayer, bert.encoder["layer"]))})
+
+    def forward(self, input_ids, attention_mask, token_type_ids, first_only=False):
+        count, done = max(1, TOKENS // input_ids.size(1)), []
+        parts = zip(*(x.split(count) for x in (input_ids, attention_mask, token_type_ids)), strict=True)
+        for ids, mask, types in parts:
+            hidden = self.embeddings(ids, types).permute(2, 0, 1).contiguous()  # (B, T, C) -> (C, B, T)
+            mask = mask.bool()[:, None, None, :]  # (B, 1, 1, T)
+            *body, last = self.encoder["layer"]
+            for layer in body:
+                hidden = layer(hidden, mask)
+            done.append(last(hidden, mask, first_only).permute(1, 2, 0))  # (B, T, C)
+        return torch.cat(done)
+
+
+@torch.no_grad()
+def sparse(model):
+    """Compact a baked model in place and let it compute with CSR matrices, where that is faster; how many are."""
+    compact(model)
+    thin = [m for m in encoder_linears(model) if m.weight.count_nonzero() <= DENSEST * m.weight.numel()]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse")  # that CSR is new in torch, and unchecked
+        for linear in thin:
+            csr = linear.weight.to_sparse_csr()
+            places = csr.crow_indices().int(), csr.col_indices().int()  # what MKL reads: else converted every time
+            csr = torch.sparse_csr_tensor(*places, csr.values(), csr.shape)
+            linear.weight = torch.nn.Parameter(csr, requires_grad=False)
+    model.bert = SparseBertModel(model.bert)
+    return len(thin)
+
+
+def compare(before, after, task, dev_sets, device):
+    """Print how far the logits of two models on dev lie apart, their metrics, and their speed."""
+    dev = next(iter(dev_sets.values()))
+    before, after = (m.to(device).eval() for m in (before, after))
+    logits = [predict(m, dev, device, "fp32") for m in (before, after)]
+    print(f"logits on {len(dev):,} dev examples differ by {(logits[0] - logits[1]).abs().max():.1e} at most")
     for name, table in zip(("before", "after"), logits, strict=True):
         print(f"  {name}: {show(score(task, table, dev.labels))}")
+    for size in (1, 8, 32):
+        speed(before, after, inputs(collate(dev, np.arange(min(size, len(dev)))), device), device)
+
+
+@torch.no_grad()
+def speed(before, after, batch, device, repeat=7):
+    """Print the times of one batch: a dense model in fp32 and in bf16, and another, in turn. Returns the ratios."""
+
+    def half():
+        with autocast(device, "bf16"):
+            before(**batch)
+
+    seconds = alternate([lambda: before(**batch), half, lambda: after(**batch)], device, repeat)
+    ratios = np.median(seconds[:, :2] / seconds[:, 2:], axis=0)
+    full, half, ours = 1e3 * np.median(seconds, axis=0)
+    print(
+        f"  {batch['input_ids'].size(0):3} x {batch['input_ids'].size(1):3} tokens: dense {full:.1f} ms, in bf16 "
+        f"{half:.1f}, this {ours:.1f}: {ratios[0]:.2f} and {ratios[1]:.2f} times as fast",
+        flush=True,
+    )
+    return ratios
+
+
+def run_sparse(run, which, data_dir):
+    """Print what sparse execution changes and gains on a run."""
+    before, task, tokenizer, s = load_run(run, which)
+    after, _, _, _ = load_run(run, which)
+    print(f"{run}: {sparse(after)} of {6 * before.config.num_hidden_layers} matrices as CSR")
+    compare(before, after, task, load_dev(task, tokenizer, s["max_length"], data_dir), torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -377,6 +479,8 @@ def main(argv=None):
     parser.add_argument("--export", metavar="DIR", help="write the run's model for `transformers`")
     parser.add_argument("--compact", metavar="DIR", help="write the run's model without what its mask made idle")
     parser.add_argument("--drop-rows", metavar="R", type=int, default=0, help="--compact: empty rows of fewer than R")
+    parser.add_argument("--uniform", action="store_true", help="--compact: what `transformers` can hold, its way")
+    parser.add_argument("--sparse", action="store_true", help="compare the run's model in CSR with itself, on the CPU")
     parser.add_argument("--best", action="store_true", help="export the best checkpoint on dev, not the last step")
     parser.add_argument("--save-mask", metavar="FILE", help="write the run's mask")
     parser.add_argument("--mask", metavar="FILE", action="append", default=[], help="evaluate this mask; repeatable")
@@ -388,17 +492,19 @@ def main(argv=None):
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     a = parser.parse_args(argv)
     which = "best" if a.best else "model"
-    if a.run and (a.save_mask or a.export or a.compact):
+    if a.run and (a.save_mask or a.export or a.compact or a.sparse):
         if a.export:
             export(a.run, a.export, which)
         if a.compact:
-            save_compact(a.run, a.compact, which, a.drop_rows, pick_device(a.device), a.data_dir)
+            save_compact(a.run, a.compact, which, a.drop_rows, a.uniform, pick_device(a.device), a.data_dir)
+        if a.sparse:
+            run_sparse(a.run, which, a.data_dir)
         if a.save_mask:
             save_mask(a.run, a.save_mask)
     elif a.mask and a.model:
         evaluate_masks(a.model, a.mask, pick_device(a.device), a.data_dir, a.task, a.words, a.task_file)
     else:
-        raise UserError("give RUN with --export, --compact or --save-mask, or --model BASE --mask FILE")
+        raise UserError("give RUN with --export, --compact, --sparse or --save-mask, or --model BASE --mask FILE")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class SelfAttention(nn.Module):
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
-        self.heads = config.num_attention_heads
+        self.heads, self.scale = config.num_attention_heads, (config.hidden_size // config.num_attention_heads) ** -0.5
         self.dropout = config.attention_probs_dropout_prob
 
     def forward(self, hidden, readers, mask):
@@ -74,7 +74,7 @@ class SelfAttention(nn.Module):
         projected = self.query(readers), self.key(hidden), self.value(hidden)
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in projected)  # (B, T, C) -> (B, H, T, D)
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # (B, H, R, D)
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=self.scale)  # (B, H, R, D)
         return mixed.transpose(1, 2).flatten(2)  # (B, R, C)
 
 

@@ -1,5 +1,6 @@
 """What is shipped is what was trained: mask files bit for bit, and refused when damaged or of another base."""
 
+import copy
 import json
 import os
 import shutil
@@ -144,13 +145,16 @@ def test_compact_folder_is_the_run(tiny, finished, tmp_path, capsys):
         flags = ["--compact", str(tmp_path / rows), "--drop-rows", rows, "--data-dir", tiny[5], "--device", "cpu"]
         assert deploy.main([str(finished), *flags]) == 0
         model, about = deploy.load_compact(tmp_path / rows)
-        sizes.append(sum(p.numel() for p in model.parameters()))
-        layers = model.bert.encoder["layer"]
-        assert [sum(inner) for inner, _, _ in about["sizes"]] == [len(x.attention["self"].query.weight) for x in layers]
+        sizes.append((tmp_path / rows / "compact.safetensors").stat().st_size)
+        stored = load_file(tmp_path / rows / "compact.safetensors")
+        for i, (inner, outer, units) in enumerate(about["sizes"]):  # heads are padded in memory, not in the file
+            lengths = sum(inner), sum(inner), sum(outer), units
+            names = ("attention.self.query", "attention.self.key", "attention.self.value", "intermediate.dense")
+            assert tuple(len(stored[f"bert.encoder.layer.{i}.{name}.weight"]) for name in names) == lengths
         if rows == "0":
             assert (model(**batch) - run(**batch)).abs().max() < 1e-5
             assert "differ by" in capsys.readouterr().out
-    assert sum(p.numel() for p in run.parameters()) > sizes[0] > sizes[1]
+    assert 4 * sum(p.numel() for p in run.parameters()) > sizes[0] > sizes[1]
     about["sizes"][0][2] += 1
     (tmp_path / "0" / "compact.json").write_text(json.dumps(about))
     with pytest.raises(deploy.UserError, match="not a whole compact model"):
@@ -229,13 +233,35 @@ def test_compaction_is_exact(case):
     ids = torch.randint(50, (4, 9))
     lengths = torch.tensor([9, 4, 1, 7])
     batch = {"input_ids": ids, "attention_mask": torch.arange(9) < lengths[:, None], "token_type_ids": ids % 2}
-    before, size = model(**batch).detach(), sum(p.numel() for p in model.parameters())
-    deploy.compact(model)
+    before, uniform = model(**batch).detach(), copy.deepcopy(model)
+    sizes = deploy.compact(model)
     assert (model(**batch) - before).abs().max() < 1e-5
-    smaller = sum(p.numel() for p in model.parameters()) < size
+    smaller = sum(sum(inner) + sum(outer) + units for inner, outer, units in sizes) < 2 * (32 + 32 + 48)
     assert smaller == (case not in ("nothing", "one query"))
-    first = model.bert.encoder["layer"][0].attention["self"]
     if case == "queries":  # three empty rows of head 0 become one; that of head 1 is one
-        assert len(first.query.weight) == 32 - 3 + 1
+        assert sizes[0][0] == [6, 8, 8, 8]
     if case == "a head of constant queries":
-        assert len(first.query.weight) == 32 - 8 + 1
+        assert sizes[0][0] == [8, 1, 8, 8]
+    deploy.sparse(model)
+    assert (model(**batch) - before).abs().max() < 1e-5
+    deploy.compact(uniform, uniform=True)
+    assert (uniform(**batch) - before).abs().max() < 1e-5
+    units = {layer.intermediate["dense"].out_features for layer in uniform.bert.encoder["layer"]}
+    assert units == {uniform.config.intermediate_size} == {max(layer[2] for layer in sizes)}
+
+
+@pytest.mark.parametrize("density", [0.02, 0.1, 0.6])
+def test_sparse_execution_is_exact(density, monkeypatch):
+    """CSR and dense matrices side by side, in one part and in several, with padding: the dense logits to 1e-5."""
+    config = BertConfig(vocab_size=50, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96)
+    model = planted(config, [])
+    with torch.no_grad():
+        for linear in deploy.encoder_linears(model)[:-1]:  # one stays dense
+            linear.weight.mul_(torch.rand_like(linear.weight) < density)
+    ids, lengths = torch.randint(50, (7, 9)), torch.tensor([9, 4, 1, 7, 2, 2, 9])
+    batch = {"input_ids": ids, "attention_mask": torch.arange(9) < lengths[:, None], "token_type_ids": ids % 2}
+    before = model(**batch)
+    assert deploy.sparse(model) == (17 if density < deploy.DENSEST else 0)
+    for tokens in (256, 20, 1):
+        monkeypatch.setattr(deploy, "TOKENS", tokens)
+        assert (model(**batch) - before).abs().max() < 1e-5
