@@ -57,8 +57,9 @@ def cubic_at(step, first, last, start, end):
 def kth_largest(scores, k):
     """The k-th largest value (1 <= k <= n) of a flat float32 array, exactly.
 
-    Floyd and Rivest (1975): a sample brackets the value, one pass counts what lies above the bracket, and only the few
-    inside are partitioned. A bracket that missed (the counts tell) means one partition of everything.
+    Floyd and Rivest (1975): a sample brackets the value, one pass counts what lies at or above the bracket's high end,
+    and only the few strictly inside are partitioned. Invariant: at_or_above < k <= at_or_above + inside.size, else the
+    value is an end of the bracket (a plateau: many equal scores) or, where the sample misled, anything.
     """
     n = scores.size
     sample = np.sort(scores[::61])  # prime: no stride of a matrix's columns falls in step with it
@@ -66,12 +67,14 @@ def kth_largest(scores, k):
     low, high = math.floor(rank - spread), math.ceil(rank + spread)
     low = sample[low] if low >= 0 else -np.inf
     high = sample[high] if high < sample.size else np.inf
-    above = np.count_nonzero(scores > high)
-    inside = scores[(scores >= low) & (scores <= high)]
-    if not above < k <= above + inside.size:
-        above, inside = 0, scores
-    place = inside.size - (k - above)
-    return np.partition(inside, place)[place]
+    inside = scores[(scores > low) & (scores < high)]
+    place = inside.size - (k - np.count_nonzero(scores >= high))
+    if 0 <= place < inside.size:
+        return np.partition(inside, place)[place]
+    end = high if place >= inside.size else low
+    if np.count_nonzero(scores > end) < k <= np.count_nonzero(scores >= end):
+        return end
+    return np.partition(scores, n - k)[n - k]
 
 
 def kth_largest_on_device(scores, k):

@@ -111,14 +111,17 @@ class Settings:
     eval_every: int = flag(0, "[0, inf)", "steps between evaluations, each with a checkpoint; 0: per epoch", "running")
     log_every: int = flag(50, "[1, inf)", "steps between log lines")
     device: str = flag("auto", ("auto", "cpu", "cuda", "mps"), "where to run")
-    dtype: str = flag("auto", ("auto", "fp32", "bf16", "fp16"), "autocast; auto: bf16 or fp16 on CUDA, else fp32")
+    dtype: str = flag(
+        None, ("auto", "fp32", "bf16", "fp16"), "autocast; recipe auto: bf16 where the device computes in it, demo fp32"
+    )
 
 
 # The published recipes, by method and then by task ("*": every other). Fractions of a run are the published steps over
 # the steps of the run they were published for.
 _COMMON = {"max_length": 128, "dropout": 0.1, "lr": 3e-5, "weight_decay": 0.0, "warmup": 0.0, "hold": 0.0}
-_COMMON |= {"beta1": 0.85, "density": 0.1, "teacher": "none", "score_lr": 0.0, "reg_lambda": 0.0}
-_DEMO = {"max_length": 32, "dropout": 0.0}  # a language of short sentences, a model pretrained without dropout
+_COMMON |= {"beta1": 0.85, "dtype": "auto", "density": 0.1, "teacher": "none", "score_lr": 0.0, "reg_lambda": 0.0}
+# a language of short sentences, a model pretrained without dropout and too small for bf16 to be faster
+_DEMO = {"max_length": 32, "dropout": 0.0, "dtype": "fp32"}
 # Devlin et al. A.2, A.3; five epochs for the small tasks as in the GLUE examples of `transformers`
 _DENSE = _COMMON | {"density": 1.0, "epochs": 3, "batch_size": 32, "warmup": 0.1, "weight_decay": 0.01}
 _DENSE_TASKS = {"*": _DENSE, "demo": _DENSE | _DEMO | {"lr": 5e-4}}
@@ -226,6 +229,14 @@ def lr_at(step, total_steps, warmup):
     """Factor of the learning rate: linear from 0 over `warmup` (a fraction of the run), then linear to 0 at the end."""
     rise = warmup * total_steps
     return step / rise if step < rise else (total_steps - step) / (total_steps - rise)
+
+
+def pick_dtype(device):
+    """bf16 where the device multiplies in it: such GPUs, and CPUs with AVX512-BF16 or AMX; fp16 on other GPUs."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    can = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not tell
+    return "bf16" if device.type == "cpu" and (can.get("avx512_bf16") or can.get("amx_bf16")) else "fp32"
 
 
 def trained(model, method):
@@ -343,9 +354,7 @@ def train(s, resume=False, command=""):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank > 0:
         dist.barrier()  # rank 0 downloads, unzips and tokenises; the others find it done
-    dtype = s.dtype
-    if dtype == "auto":
-        dtype = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    dtype = pick_dtype(device) if s.dtype == "auto" else s.dtype
 
     # data -> model -> method -> optimizer
     out = Path(s.out)

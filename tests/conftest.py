@@ -35,5 +35,5 @@ def tiny(tmp_path_factory):
     task |= {"labels": ["no", "yes"], "words": ["no", "yes"], "metric": ["accuracy", "f1"]}
     (folder / "task.json").write_text(json.dumps(task))
     flags = {"model": folder / "model", "task-file": folder / "task.json", "data-dir": folder / "data"}
-    flags |= {"max-length": 24, "epochs": 2, "batch-size": 16, "log-every": 1, "device": "cpu"}
+    flags |= {"max-length": 24, "epochs": 2, "batch-size": 16, "log-every": 1, "device": "cpu", "dtype": "fp32"}
     return [str(part) for name, value in flags.items() for part in (f"--{name}", value)]

@@ -99,6 +99,17 @@ def test_pretrained_weights_do_not_move(tiny, finished):
     assert masked == 18
 
 
+def test_bf16_computes_and_fp32_remembers(tiny, finished, tmp_path):
+    """Under autocast the losses are those of fp32 to 2%, not to the bit; scores and weights stay float32."""
+    run(tiny, tmp_path / "run", "--method", "smp-s", "--lr", 1e-3, "--dtype", "bf16")
+    logs = zip(rows(tmp_path / "run"), rows(finished / "smp-s"), strict=True)
+    pairs = [(a["loss"], b["loss"]) for a, b in logs if "loss" in a]
+    assert pairs[0][0] != pairs[0][1] and all(abs(a / b - 1) < 0.02 for a, b in pairs[:5])
+    for path in (tmp_path / "run").rglob("*.safetensors"):
+        assert all(t.dtype in (torch.float32, torch.bool) for t in load_file(path).values())
+    assert train.pick_dtype(torch.device("cpu")) in ("bf16", "fp32") and train.pick_dtype(torch.device("mps")) == "fp32"
+
+
 @pytest.mark.parametrize("method", ["smp-s", "movement", "magnitude"])
 def test_sweep_of_densities(tiny, finished, method, capsys):
     """At the density of training the sweep is the run; the counts are those asked for; at 1 SMP is the base model."""
