@@ -27,14 +27,6 @@ from prune import MATRICES, METHODS
 # metrics, by their GLUE names
 
 
-def matthews(predicted, labels):
-    """Matthews correlation of two classes, 0 where it is undefined (one class only)."""
-    tp, tn = np.sum((predicted == 1) & (labels == 1)), np.sum((predicted == 0) & (labels == 0))
-    fp, fn = np.sum((predicted == 1) & (labels == 0)), np.sum((predicted == 0) & (labels == 1))
-    bottom = math.sqrt(float(tp + fp) * float(tp + fn) * float(tn + fp) * float(tn + fn))
-    return float(tp * tn - fp * fn) / bottom if bottom else 0.0
-
-
 def f1(predicted, labels):
     """F1 of class 1, 0 where nothing is predicted and nothing is there."""
     hits = np.sum((predicted == 1) & (labels == 1))
@@ -59,7 +51,7 @@ def ranks(x):
 METRICS = {
     "accuracy": lambda predicted, labels: float(np.mean(predicted == labels)),
     "f1": f1,
-    "matthews": matthews,
+    "matthews": pearson,  # Matthews' correlation is that of two 0-1 variables
     "pearson": pearson,
     "spearman": lambda x, y: pearson(ranks(x), ranks(y)),
 }

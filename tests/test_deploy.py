@@ -163,15 +163,22 @@ def test_compact_folder_is_the_run(tiny, finished, tmp_path, capsys):
 
 @pytest.mark.real
 @pytest.mark.skipif(not os.environ.get("BERT_DIR"), reason="needs GLUE_DIR and BERT_DIR")
-@pytest.mark.parametrize("method", ["dense", "smp-s", "pins"])
+@pytest.mark.parametrize("method", ["dense", "smp-s", "pins", "smp-l by unit"])
 def test_real_export_predicts_the_same(method, tmp_path):
-    """In transformers, over the whole dev set of RTE: every prediction the same, logits to 1e-5."""
+    """In transformers, over the whole dev set of RTE: every prediction the same, logits to 1e-5; by unit: with as many
+    units as were kept."""
     hf = pytest.importorskip("transformers")
     flags = ["--model", os.environ["BERT_DIR"], "--data-dir", os.environ["GLUE_DIR"], "--task", "rte"]
-    flags += ["--max-length", "64", "--device", "cpu", "--method", method, "--max-steps", "4", "--batch-size", "16"]
-    flags += ["--lr", "1e-4", "--out"]
-    assert train.main([*flags, str(tmp_path / "run")]) == 0
-    deploy.export(tmp_path / "run", tmp_path / "hf", "model")
+    flags += ["--max-length", "64", "--device", "cpu", "--dtype", "fp32", "--max-steps", "4", "--batch-size", "16"]
+    flags += ["--lr", "1e-4", "--method", method.split()[0], "--pattern", "unit" if "unit" in method else "weight"]
+    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
+    if "unit" in method:
+        flags = ["--compact", str(tmp_path / "hf"), "--uniform", "--data-dir", os.environ["GLUE_DIR"]]
+        assert deploy.main([str(tmp_path / "run"), *flags]) == 0
+        width = evaluation.load_run(tmp_path / "run")[0].config.intermediate_size
+        assert json.loads((tmp_path / "hf" / "config.json").read_text())["intermediate_size"] == int(0.1 * width)
+    else:
+        deploy.export(tmp_path / "run", tmp_path / "hf", "model")
     kind = json.loads((tmp_path / "hf" / "config.json").read_text())["architectures"][0]
     theirs, info = getattr(hf, kind).from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not any(info.values()), info
@@ -248,6 +255,17 @@ def test_compaction_is_exact(case):
     assert (uniform(**batch) - before).abs().max() < 1e-5
     units = {layer.intermediate["dense"].out_features for layer in uniform.bert.encoder["layer"]}
     assert units == {uniform.config.intermediate_size} == {max(layer[2] for layer in sizes)}
+
+
+def test_pattern_head_compacts_to_whole_heads(tiny, tmp_path):
+    """What was trained by head and unit is a smaller dense model: as many of each as the density says, none ragged."""
+    flags = [*tiny, "--method", "smp-l", "--pattern", "head", "--density", "0.5", "--max-steps", "4"]
+    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
+    model, _, _, _ = evaluation.load_run(tmp_path / "run")
+    heads, units = model.config.num_attention_heads, model.config.intermediate_size
+    size = model.config.hidden_size // heads
+    whole = [size] * (heads // 2)
+    assert deploy.compact(model) == [[whole, whole, units // 2]] * model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("density", [0.02, 0.1, 0.6])
