@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import Parser, UserError, atomic_write, collate, get_task, load_dataset, load_tokenizer, program
+from data import Parser, UserError, atomic_write, collate, get_task, load_dataset, load_tokenizer, program, token_sizes
 from model import find_model, load_model, model_sha256, read_json, read_safetensors, to_score
 from prune import MATRICES, METHODS
 
@@ -77,13 +77,15 @@ def inputs(batch, device):
 
 
 @torch.no_grad()
-def predict(model, dataset, device, dtype, batch_size=128):
-    """Logits (N, K) float32 on the CPU, in the split's order; dropout off. Under torchrun each rank does its share."""
+def predict(model, dataset, device, dtype, max_tokens=None):
+    """Logits (N, K) float32 on the CPU, in the split's order; dropout off. Batches of up to `max_tokens`, padding
+    included, the same every time. Under torchrun each rank does its share."""
+    max_tokens = max_tokens or (1 << 17 if device.type == "cuda" else 1 << 14)  # 1,024 and 128 sentences of 128
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     was_training = model.training
     model.eval()
     order = np.argsort(-dataset.lengths, kind="stable")  # longest first: little padding, and memory runs out at once
-    parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][rank::world]
+    parts = np.split(order, np.cumsum(token_sizes(dataset.lengths, max_tokens))[:-1])[rank::world]
     with autocast(device, dtype):
         logits = [model(**inputs(collate(dataset, part), device)) for part in parts]
     model.train(was_training)
