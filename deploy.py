@@ -308,6 +308,9 @@ def save_compact(run, folder, which, drop_rows, uniform, device, data_dir):
         kept = f"{sum(len(inner) for inner, _, _ in sizes)} of {len(sizes) * config.num_attention_heads} heads, "
         kept += f"{sum(units for _, _, units in sizes):,} of {len(sizes) * config.intermediate_size:,} units"
     print(f"{folder}: {left:,} of {total:,} encoder weights ({left / total:.3f}); {kept}")
+    for i, (inner, outer, units) in enumerate(sizes):
+        went = f"{len(inner)} heads of {sum(inner)} query and {sum(outer)} value dimensions, " * bool(inner)
+        print(f"  layer {i:2}: {went}{units:,} units")
     compare(before, after, task, load_dev(task, tokenizer, s["max_length"], data_dir), device)
 
 
