@@ -98,8 +98,8 @@ def threshold_at(values, k):
 
 def top_k_masks(scores, k):
     """For each of L matrices of one shape the bool mask of its k[l] largest scores: exactly so many under any ties,
-    among equals the first in row-major order. `k`: L numbers, rounded down, or a tensor of them on the device. NaN is
-    in no order and must not come here."""
+    among equals the first in row-major order. `k`: L numbers, rounded down, or a tensor of them on the device. NaN and
+    infinity: ValueError on a CPU; elsewhere a look would be a host sync, and the loop stops at the loss."""
     if scores[0].is_cpu:
         return [top_k_mask(s, int(number)) for s, number in zip(scores, k, strict=True)]
     flat = torch.stack(list(scores)).detach().flatten(1)  # (L, out, in) -> (L, numel)
@@ -116,6 +116,8 @@ def top_k_mask(scores, k):
     if k in (0, scores.numel()):
         return torch.full_like(scores, bool(k), dtype=torch.bool)
     flat = scores.detach().numpy().reshape(-1)  # (out, in) -> (numel,)
+    if not math.isfinite(flat.sum()):
+        raise ValueError("NaN or infinity among the scores: they have no order to keep the largest by")
     threshold = kth_largest(flat, k)
     mask = flat >= threshold
     surplus = np.count_nonzero(mask) - k

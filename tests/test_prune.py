@@ -57,6 +57,20 @@ def test_top_k_is_exact_under_any_ties():
             assert prune.kth_largest(flat.numpy(), k) == threshold
 
 
+def test_plateaus_are_exact_and_infinities_rejected():
+    for wrong in (float("nan"), float("inf"), -float("inf")):
+        scores = torch.randn(30, 20)
+        scores[7, 3] = wrong
+        with pytest.raises(ValueError, match="NaN or infinity among the scores"):
+            top_k_mask(scores, 60)
+    plateau = torch.zeros(300, 200)
+    plateau[0, :7] = torch.arange(1, 8)
+    for k in (1, 6, 7, 8, 30_000, 59_999):  # nine tenths and more are equal, as where most weights are zero
+        expected = torch.zeros(60_000, dtype=torch.bool)
+        expected[plateau.flatten().sort(descending=True, stable=True).indices[:k]] = True
+        assert torch.equal(top_k_mask(plateau, k).flatten(), expected)
+
+
 def test_the_device_path_selects_the_same(monkeypatch):
     """The branch that an accelerator takes, run here on the CPU: several matrices at once, counts on the device."""
     for values, k in cases():
