@@ -296,8 +296,8 @@ def table(runs):
         found.append((read_json(Path(run) / "result.json"), read_json(Path(run) / "config.json")["settings"]))
     for result, settings in found:
         alike = [set(other) for _, other in found if other["method"] == settings["method"]]
-        compared = set.intersection(*alike)  # without the settings that older runs of the method did not have
-        compared -= {"seed", "out", "data_dir", "device", "resume", "log_every"}
+        # all but these, and the settings that older runs of the method did not have
+        compared = set.intersection(*alike) - {"seed", "out", "data_dir", "device", "resume", "log_every"}
         setting = {name: settings[name] for name in compared}
         setting["teacher"] = taught = teacher_kind(settings["teacher"])  # each seed may have its own
         order = (result["task"], result["method"] != "dense", result["method"], -(result["density"] or 0.0), taught)
