@@ -37,9 +37,7 @@ def f1(predicted, labels):
 def pearson(x, y):
     """Pearson correlation in float64, 0 where one side is constant."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    x, y = x - x.mean(), y - y.mean()
-    bottom = math.sqrt((x @ x) * (y @ y))
-    return float(x @ y) / bottom if bottom else 0.0
+    return float(np.corrcoef(x, y)[0, 1]) if np.ptp(x) and np.ptp(y) else 0.0
 
 
 def ranks(x):
@@ -165,19 +163,21 @@ def load_run(run, which="model"):
     return model, task, tokenizer, settings
 
 
-def densities(model):
-    """(densities (L, 6), those of each head (L, H), lines of a table, kept, total): non-zero weights, as saved. A head
-    is its rows of Q, K, V and its columns of O."""
-    layers, heads = model.bert.encoder["layer"], model.config.num_attention_heads
-    masks = [[layer.get_submodule(name).weight != 0 for name in MATRICES.values()] for layer in layers]
-    kept = np.array([[int(mask.sum()) for mask in row] for row in masks])  # (L, 6)
-    sizes = np.array([[mask.numel() for mask in row] for row in masks])
-    stacked = torch.stack([torch.stack([q, k, v, o.T]) for q, k, v, o, _, _ in masks])  # (L, 4, C, C)
-    per_head = stacked.unflatten(2, (heads, -1)).float().mean((1, 3, 4))  # (L, H)
-    lines = ["layer " + "".join(f"{letter:>8}" for letter in [*MATRICES, "all"])]
-    for name, k, n in [*zip(range(len(layers)), kept, sizes, strict=True), ("all", kept.sum(0), sizes.sum(0))]:
-        lines.append(f"{name:>5} " + "".join(f"{x:8.4f}" for x in [*(k / n), k.sum() / n.sum()]))
-    return kept / sizes, per_head.numpy(), lines, int(kept.sum()), int(sizes.sum())
+def kept_weights(model):
+    """(non-zero weights, all weights) of the encoder's matrices, as saved: two arrays (L, 6)."""
+    layers = model.bert.encoder["layer"]
+    weights = [[layer.get_submodule(name).weight for name in MATRICES.values()] for layer in layers]
+    kept = np.array([[int(weight.count_nonzero()) for weight in row] for row in weights])
+    return kept, np.array([[weight.numel() for weight in row] for row in weights])
+
+
+def head_densities(model):
+    """The share of non-zero weights in each head, its rows of Q, K, V and its columns of O, as saved: (L, H)."""
+    found, heads = [], model.config.num_attention_heads
+    for layer in model.bert.encoder["layer"]:
+        q, k, v, o = (layer.get_submodule(MATRICES[letter]).weight != 0 for letter in "QKVO")
+        found.append(torch.stack([q, k, v, o.T]).unflatten(1, (heads, -1)).float().mean((0, 2, 3)))  # (4, H, D, C)
+    return torch.stack(found).numpy()
 
 
 def plot(run, which, path):
@@ -187,12 +187,12 @@ def plot(run, which, path):
     except ImportError:
         raise UserError("--plot draws with matplotlib, which is not installed: pip install matplotlib") from None
     model, task, _, s = load_run(run, which)
-    per_matrix, per_head, _, kept, total = densities(model)
+    (kept, sizes), per_head = kept_weights(model), head_densities(model)
     rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    figure.suptitle(f"{s['method']} on {task.name}, density {kept / total:.4f}")
+    figure.suptitle(f"{s['method']} on {task.name}, density {kept.sum() / sizes.sum():.4f}")
     left, middle, right = figure.subplots(1, 3, width_ratios=(3, 4, 5))
-    for axes, values, names in ((left, per_matrix, list(MATRICES)), (middle, per_head, range(per_head.shape[1]))):
+    for axes, values, names in ((left, kept / sizes, list(MATRICES)), (middle, per_head, range(per_head.shape[1]))):
         image = axes.imshow(values, vmin=0, aspect="auto")  # (L, 6 or H)
         kind = "matrix" if axes is left else "head"
         axes.set(title=f"density of each {kind}", ylabel="layer", xlabel=kind)
@@ -208,15 +208,17 @@ def plot(run, which, path):
     right.plot(*zip(*points, strict=True), "C2o-", label=main)
     figure.legend(loc="outside lower right", ncols=3)
     figure.savefig(path, dpi=150)
-    print(f"{path}: {kept:,} of {total:,} weights kept")
+    print(f"{path}: {kept.sum():,} of {sizes.sum():,} weights kept")
 
 
 @torch.no_grad()
-def sweep(run, which_densities, device, data_dir):
-    """Metrics on dev at other densities: the run's scores rank anew, and nothing is trained. Returns them."""
+def sweep(run, densities, device, data_dir):
+    """Print the metrics on dev at other densities: the run's scores rank anew, and nothing is trained."""
     _, task, tokenizer, s = load_run(run)
     config, Method = read_json(Path(run) / "config.json"), METHODS[s["method"]]
-    if Method.update is not METHODS["movement"].update:
+    if wrong := [density for density in densities if not 0 < density <= 1]:
+        raise UserError(f"--density {wrong[0]}: expected a number in (0, 1]")
+    if not Method.top_k:
         raise UserError(f"--density: a {s['method']} run has nothing to rank anew; smp, movement and magnitude have")
     source = find_model(s["model"])
     if model_sha256(source) != config["model_sha256"]:
@@ -227,15 +229,12 @@ def sweep(run, which_densities, device, data_dir):
     for name, parameter in model.named_parameters():
         if name in tensors:
             parameter.copy_(tensors[name])
-    dev, found = load_dev(task, tokenizer, s["max_length"], data_dir), []
-    for density in which_densities:
-        if not 0 < density <= 1:
-            raise UserError(f"--density {density}: expected a number in (0, 1]")
+    dev = load_dev(task, tokenizer, s["max_length"], data_dir)
+    for density in densities:
         method.settings.density = density
         method.update(1)
-        found.append(evaluate(model, task, dev, device, config["dtype"]))
-        print(f"density {density:g}, achieved {method.achieved():.4f}: {show(found[-1])}", flush=True)
-    return found
+        metrics = evaluate(model, task, dev, device, config["dtype"])
+        print(f"density {density:g}, achieved {method.achieved():.4f}: {show(metrics)}", flush=True)
 
 
 def report(run, which, device, data_dir):
@@ -246,8 +245,12 @@ def report(run, which, device, data_dir):
     print(f"{run}: {s['method']} on {task.name}, {'last step' if which == 'model' else 'best checkpoint'}, {dtype}")
     for name, value in metrics.items():
         print(f"  {name:12} {100 * value:.2f}")
-    _, _, lines, kept, total = densities(model)
-    print("density (non-zero weights over all, as saved)\n  " + "\n  ".join(lines))
+    kept, sizes = kept_weights(model)
+    print("density (non-zero weights over all, as saved)")
+    print("  layer " + "".join(f"{letter:>8}" for letter in [*MATRICES, "all"]))
+    for name, k, n in [*zip(range(len(kept)), kept, sizes, strict=True), ("all", kept.sum(0), sizes.sum(0))]:
+        print(f"  {name:>5} " + "".join(f"{x:8.4f}" for x in [*(k / n), k.sum() / n.sum()]))
+    kept, total = int(kept.sum()), int(sizes.sum())
     everything = sum(p.numel() for p in model.parameters())
     p = kept / total
     bits = -sum(x * math.log2(x) for x in (p, 1 - p) if x)  # entropy of a mask, per weight

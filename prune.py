@@ -29,6 +29,13 @@ MATRICES = {
 # What a pattern keeps or drops as one block: rows of every letter but the last, with columns of the last.
 TIED = {"unit": ("UD",), "head": ("QKVO", "UD")}
 
+
+def n_of_m(pattern):
+    """(n, m) of the pattern "n:m", (0, 1) of any other."""
+    n, _, m = pattern.partition(":")
+    return (int(n), int(m)) if m else (0, 1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # schedules: pure functions of the step
 
@@ -126,7 +133,6 @@ def top_k_mask(scores, k):
     return torch.from_numpy(mask).view(scores.shape)
 
 
-
 def n_of_m_mask(scores, n, m):
     """(out, in) bool: of every m neighbours along the input dimension the n largest, among equals the first: those that
     fewer than n of their group beat. For a small m many times faster than sorting the groups."""
@@ -143,6 +149,7 @@ def block_values(scores, count):
     *rows, last = (s if s.is_mps else s.double() for s in scores)
     parts = [s.unflatten(0, (count, -1)).sum((1, 2)) for s in rows] + [last.unflatten(1, (count, -1)).sum((0, 2))]
     return (sum(parts) / (sum(s.numel() for s in scores) / count)).float()
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the masked layer
@@ -266,6 +273,7 @@ class Dense:
     """Plain fine-tuning of every weight; the baseline, the teacher of others, and the calls that every method has."""
 
     head = "classifier"
+    top_k = False  # are the largest scores kept, at a density? Then in patterns too, and at other densities afterwards
 
     def __init__(self, model, settings, total_steps):
         self.model, self.settings, self.total_steps = model, settings, total_steps
@@ -323,7 +331,7 @@ class Movement(Dense):
     """
 
     frozen = "bert.embeddings"  # Sanh et al., code
-    layer, first = MaskedLinear, 0.0
+    layer, first, top_k = MaskedLinear, 0.0, True
 
     def __init__(self, model, settings, total_steps):
         super().__init__(model, settings, total_steps)
@@ -345,8 +353,8 @@ class Movement(Dense):
     @torch.no_grad()
     def update(self, step):
         density, pattern, columns = self.density(step), self.settings.pattern, dict(self.masked)
-        if ":" in pattern:
-            n, m = map(int, pattern.split(":"))
+        n, m = n_of_m(pattern)
+        if n:
             for linear in self.linears:  # whole weights per group: n at the end of the ramp, not before
                 linear.mask.copy_(n_of_m_mask(self.rank(linear), max(n, math.ceil(density * m - 1e-9)), m))
             return
@@ -442,7 +450,7 @@ class SoftMovement(Movement):
     lambda is steered to (`steer`)."""
 
     threshold = 0.1  # tau
-    shift = 0.0
+    shift, top_k = 0.0, False
 
     def __init__(self, model, settings, total_steps):
         super().__init__(model, settings, total_steps)

@@ -37,7 +37,7 @@ from data import program, word_ids
 from eval import autocast, evaluate, inputs, load_dev, load_run, pick_device, predict, show
 from model import find_model, load_model, model_sha256, read_config, read_json, read_safetensors, save_model
 from model import task_loss, to_score
-from prune import METHODS, TIED, baked_state, distill, self_distill
+from prune import METHODS, TIED, baked_state, distill, n_of_m, self_distill
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings
@@ -79,12 +79,10 @@ class Settings:
     seed: int = flag(0, "[0, 2147483647]", "of the new head, the order of the data and dropout")
 
     pattern: str = flag(
-        "weight",
-        None,
+        "weight", None,
         "kept as one: a weight; a unit (FFN: a row of U with its column of D; attention by weight); a head (its rows "
-        "of Q, K, V and columns of O; FFN by unit); n:m, as 2:4: of every m inputs n, density n/m",
-        "pruning",
-    )
+        "of Q, K, V and columns of O; FFN by unit); n:m, as 2:4: of every m inputs n, density n/m", "pruning",
+    )  # fmt: skip
     score_lr: float = flag(None, "[0, inf)", "peak learning rate of the scores; recipe by method")
     hold: float = flag(None, "[0, 1)", "fraction of the run at density 1, before the ramp; recipe by method")
     ramp: float = flag(None, "(0, 1]", "fraction of the run in which density falls; recipe by method")
@@ -96,13 +94,11 @@ class Settings:
     beta1: float = flag(None, "[0, 1)", "PINS: decay of the importance's average; recipe 0.85, sensitivity 0")
     beta2: float = flag(0.99, "[0, 1)", "PINS: decay of the uncertainty's average (PINS code on RTE)")
     regression: str = flag(
-        "interpolate",
-        ("interpolate", "logit"),
+        "interpolate", ("interpolate", "logit"),
         'score tasks with label words: p(yes) against "no", or the published logit of "yes" under MSE',
     )
     teacher: str = flag(
-        None,
-        None,
+        None, None,
         "dense run of the task to distil from; self: this run's own best checkpoint so far; self:RUN: the same, from a "
         "dense run on; none; recipe pins self (PINS), else none",
     )
@@ -197,14 +193,14 @@ def settings_from(given):
     if s.method == "dense" and s.density not in (None, 1.0):
         raise UserError(f"--density {s.density}: dense keeps every weight; choose another --method")
     if s.pattern != "weight":
-        if METHODS[s.method].update is not METHODS["movement"].update:
+        if not METHODS[s.method].top_k:
             raise UserError(f"--pattern {s.pattern}: {s.method} ranks single weights; use smp, movement or magnitude")
-        n, m = map(int, re.fullmatch(r"(\d{1,3}):(\d{1,3})|.*", s.pattern).groups(default="0"))
+        n, m = n_of_m(s.pattern) if re.fullmatch(r"\d{1,3}:\d{1,3}", s.pattern) else (0, 1)
         if s.pattern not in TIED and not 0 < n < m:
             raise UserError(f"--pattern {s.pattern}: expected weight, {', '.join(TIED)} or n:m with 0 < n < m, as 2:4")
-        if m and s.density not in (None, n / m):
+        if n and s.density not in (None, n / m):
             raise UserError(f"--density {s.density}: --pattern {s.pattern} keeps {n / m:g}; leave one of them out")
-        s.density = n / m if m else s.density
+        s.density = n / m if n else s.density
     for name, value in recipe(s).items():
         if getattr(s, name) is None:
             setattr(s, name, value)
@@ -365,10 +361,9 @@ def train(s, resume=False, command=""):
     tokenizer = load_tokenizer(source, config.vocab_size)
     if s.max_length > config.max_position_embeddings:
         raise UserError(f"--max-length {s.max_length}: {s.model} has {config.max_position_embeddings} positions")
-    group = int(s.pattern.partition(":")[2] or 1)
+    _, group = n_of_m(s.pattern)
     if config.hidden_size % group or config.intermediate_size % group:
-        widths = f"{config.hidden_size} and {config.intermediate_size}"
-        raise UserError(f"--pattern {s.pattern}: the matrices of {s.model} have {widths} inputs")
+        raise UserError(f"--pattern {s.pattern}: {s.model} is {config.hidden_size} and {config.intermediate_size} wide")
     Method = METHODS[s.method]
     outputs, words = task.num_classes or 1, []
     if Method.head == "words":

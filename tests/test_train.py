@@ -78,8 +78,8 @@ def test_run_folder(tiny, finished):
         assert [row["step"] for row in log if "loss" in row] == list(range(1, 27))
         assert [row["step"] for row in log if "metrics" in row] == [13, 26]
         assert log[-1]["metrics"] == result["metrics"]
-        lines, kept, total = evaluation.densities(evaluation.load_run(out)[0])[2:]
-        assert kept == round(result["achieved_density"] * total)  # counted in the file, zeros that are zeros
+        kept, sizes = evaluation.kept_weights(evaluation.load_run(out)[0])
+        assert kept.sum() == round(result["achieved_density"] * sizes.sum())  # counted in the file
     out = finished / "smp-s"
     n = sum(x.numel() for name, x in load_file(out / "scores.safetensors").items() if "mask" in name)
     assert abs(json.loads((out / "result.json").read_text())["achieved_density"] - 0.1) < 18 / n
@@ -140,8 +140,8 @@ def test_plot(tiny, finished, tmp_path, capsys, monkeypatch):
     with torch.no_grad():
         for weight in (query, key, value):
             weight[:size] = 0
-    per_matrix, per_head, _, kept, total = evaluation.densities(model)
-    assert kept == total - 3 * size * len(query) and per_matrix[1, 0] == 1 - size / len(query)
+    (kept, sizes), per_head = evaluation.kept_weights(model), evaluation.head_densities(model)
+    assert kept.sum() == sizes.sum() - 3 * size * len(query) and (kept / sizes)[1, 0] == 1 - size / len(query)
     assert per_head[1, 0] == 0.25 and per_head.sum() == per_head.size - 0.75
     path = tmp_path / "run.png"
     with monkeypatch.context() as patch:
