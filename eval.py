@@ -233,8 +233,8 @@ def sweep(run, densities, device, data_dir):
     for density in densities:
         method.settings.density = density
         method.update(1)
-        metrics = evaluate(model, task, dev, device, config["dtype"])
-        print(f"density {density:g}, achieved {method.achieved():.4f}: {show(metrics)}", flush=True)
+        metrics = show(evaluate(model, task, dev, device, config["dtype"]))
+        print(f"density {density:g}, achieved {method.achieved():.4f}: {metrics}", flush=True)
 
 
 def report(run, which, device, data_dir):
@@ -252,8 +252,7 @@ def report(run, which, device, data_dir):
         print(f"  {name:>5} " + "".join(f"{x:8.4f}" for x in [*(k / n), k.sum() / n.sum()]))
     kept, total = int(kept.sum()), int(sizes.sum())
     everything = sum(p.numel() for p in model.parameters())
-    p = kept / total
-    bits = -sum(x * math.log2(x) for x in (p, 1 - p) if x)  # entropy of a mask, per weight
+    bits = -sum(p * math.log2(p) for p in (kept / total, 1 - kept / total) if p)  # entropy of a mask, per weight
     print("size")
     print(f"  all parameters   {everything:12,}  {4 * everything / 1e6:8.2f} MB in fp32")
     print(f"  encoder matrices {total:12,}  {4 * total / 1e6:8.2f} MB in fp32, zeros stored")
