@@ -444,6 +444,7 @@ def share_out(r, density, redistribute=True):
             shares = torch.where(full, 1.0, rest * open_r / total)
     return shares.clamp(max=1.0)
 
+
 class SoftMovement(Movement):
     """SMvP, soft movement pruning: M = sigmoid(S) > tau, one tau for all matrices, rising from 0 to 0.1; the penalty
     lambda * tau / 0.1 * R pushes scores below it. The density is what comes out or, with a density asked for, what
