@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import Parser, UserError, batches, collate, encode, get_task, load_dataset, load_tokenizer, program
-from eval import autocast, inputs, pick_device, predict
+from eval import autocast, inputs, pick_device, predict, send
 from model import DEMO, Bert, BertConfig, read_json, task_loss
 from prune import METHODS, encoder_matrices, kth_largest, kth_largest_on_device
 from train import settings_from
@@ -106,7 +106,7 @@ def our_step(method, shape, device, dtype):
         nonlocal number
         with autocast(device, dtype):
             logits = model(**inputs(batch, device))
-        task_loss(logits, batch["labels"].to(device, non_blocking=True), 0, 1).mean().backward()
+        task_loss(logits, send(batch["labels"], device), 0, 1).mean().backward()
         m.penalise(number)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         m.observe(number, 3e-5)

@@ -317,10 +317,10 @@ def save_compact(run, folder, which, drop_rows, uniform, device, data_dir):
 # ---------------------------------------------------------------------------------------------------------------------
 # sparse execution on a CPU
 
-# Measured on shapes of BERT-base and MiniLM, 32 to 512 tokens, two cores: at density 0.15 CSR is 1.0 to 2.4 times as fast
-# as the dense product, at 0.2 0.8 to 1.8 times.
-DENSEST = 0.15
-TOKENS = 256  # computed at a time, to stay in the cache; whole BERT-base: 128 the same, 1,024 5% to 11% slower (measured)
+# Measured on two cores. Shapes of BERT-base and MiniLM, 32 to 512 tokens: CSR is 1.0 to 2.4 times as fast as the dense
+# product at density 0.15, 0.8 to 1.8 times at 0.2. Whole BERT-base: 128 tokens the same, 1,024 up to 11% slower.
+DENSEST = 0.15  # a matrix is stored as CSR up to this density
+TOKENS = 256  # computed at a time, so that what a layer makes stays in the cache
 
 
 class SparseLayer(torch.nn.Module):

@@ -66,12 +66,15 @@ def autocast(device, dtype):
     return torch.autocast(device.type, torch.bfloat16 if dtype == "bf16" else torch.float16)
 
 
+def send(tensor, device):
+    """The tensor on the device. To CUDA from pinned memory: the copy waits for nothing, and as no step reads anything
+    back, the next batch is made and sent while the device computes."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def inputs(batch, device):
-    """The model's three inputs, (B, T) each, on the device. To CUDA from pinned memory: the copy waits for nothing, and
-    as no step reads anything back, the next batch is made and sent while the device computes."""
-    names = ("input_ids", "attention_mask", "token_type_ids")
-    pinned = [batch[name].pin_memory() if device.type == "cuda" else batch[name] for name in names]
-    return {name: t.to(device, non_blocking=True) for name, t in zip(names, pinned, strict=True)}
+    """The model's three inputs, (B, T) each, on the device."""
+    return {name: send(batch[name], device) for name in ("input_ids", "attention_mask", "token_type_ids")}
 
 
 @torch.no_grad()

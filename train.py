@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import TASKS, Parser, UserError, atomic_write, batches, collate, get_task, load_dataset, load_tokenizer
 from data import program, word_ids
-from eval import autocast, evaluate, inputs, load_dev, load_run, pick_device, predict, show
+from eval import autocast, evaluate, inputs, load_dev, load_run, pick_device, predict, send, show
 from model import find_model, load_model, model_sha256, read_config, read_json, read_safetensors, save_model
 from model import task_loss, to_score
 from prune import METHODS, TIED, baked_state, distill, n_of_m, self_distill
@@ -469,10 +469,10 @@ def train(s, resume=False, command=""):
             data = collate(train_set, part)
             with autocast(device, dtype):
                 logits = net(**inputs(data, device))  # (B, K)
-            labels = data["labels"].to(device, non_blocking=True)
+            labels = send(data["labels"], device)
             losses = task_loss(logits, labels, task.low, task.high)  # (B,)
             if teacher is not None:
-                rows = teacher[torch.from_numpy(part).to(device, non_blocking=True)]
+                rows = teacher[send(torch.from_numpy(part), device)]
                 if task.regression:  # the teacher's score beside the label; a squared error has no entropy to weigh by
                     losses = 0.5 * losses + 0.5 * task_loss(logits, rows, task.low, task.high)
                 else:
