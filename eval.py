@@ -81,7 +81,8 @@ def inputs(batch, device):
 def predict(model, dataset, device, dtype, max_tokens=None):
     """Logits (N, K) float32 on the CPU, in the split's order; dropout off. Batches of up to `max_tokens`, padding
     included, the same every time. Under torchrun each rank does its share."""
-    max_tokens = max_tokens or (1 << 17 if device.type == "cuda" else 1 << 14)  # 1,024 and 128 sentences of 128
+    # a GPU wants many (not measured), a CPU what its cache holds: 1.5 to 2.5 times as fast as with 1 << 14 (measured)
+    max_tokens = max_tokens or {"cuda": 1 << 17, "cpu": 1 << 10}.get(device.type, 1 << 14)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     was_training = model.training
     model.eval()
