@@ -365,9 +365,10 @@ def test_hard_concrete():
     assert torch.allclose(gates[0], expected.clamp(0, 1), atol=1e-5)
 
 
-@pytest.mark.parametrize("method, density", [("soft-movement", 0.3), ("soft-movement", 0.1), ("l0", 0.3), ("l0", 0.1)])
+@pytest.mark.parametrize("density", (0.5, 0.1, 0.03))
+@pytest.mark.parametrize("method", ("soft-movement", "l0"))
 def test_lambda_is_steered_to_the_density(method, density):
-    """Through lambda alone, on a small regression: within 10% of the density asked for, relative."""
+    """Through lambda alone, on a small regression: within 5% of the density asked for, relative."""
     torch.manual_seed(0)
     config = BertConfig(vocab_size=30, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     model, steps = Bert(config, "classifier", 4).eval(), 400
@@ -386,7 +387,7 @@ def test_lambda_is_steered_to_the_density(method, density):
         optimizer.step()
         optimizer.zero_grad()
     m.update(steps)
-    assert m.achieved() == pytest.approx(density, rel=0.1) and m.settled(steps)
+    assert m.achieved() == pytest.approx(density, rel=0.05) and m.settled(steps)
 
 
 def imports(name):
