@@ -389,8 +389,10 @@ def train(s, resume=False, command=""):
     optimizer = torch.optim.AdamW(method.groups(), fused=device.type in ("cpu", "cuda"))
     peaks = [group["lr"] for group in optimizer.param_groups]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
-    net = DistributedDataParallel(model) if world > 1 else model
-    net.broadcast_buffers = False  # of DDP, whose argument for it has one name in torch 2.11, another in 2.13
+    net = model
+    if world > 1:
+        net = DistributedDataParallel(model)
+        net.broadcast_buffers = False  # every rank makes the masks itself; as an argument deprecated since torch 2.13
 
     # progress: what a checkpoint remembers besides tensors
     progress = {"step": 0, "best": None, "seconds": 0.0, "eval_seconds": 0.0, "loss_sum": 0.0, "loss_steps": 0}
