@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from bench import alternate
 from data import Parser, UserError, atomic_write, collate, get_task, load_tokenizer, program, word_ids
-from eval import autocast, evaluate, inputs, load_dev, load_run, pick_device, predict, score, show
+from eval import autocast, entropy, evaluate, inputs, load_dev, load_run, pick_device, predict, score, show
 from model import Bert, BertConfig, find_model, load_model, model_sha256, read_json, read_safetensors, save_model
 from prune import MATRICES, METHODS, mask_layers, masked_linears
 
@@ -118,8 +118,7 @@ def save_mask(run, path):
     header = {"mask": json.dumps(about), "sha256": digest(about, payload)}
     atomic_write(path, to_safetensors({"mask": np.frombuffer(payload, np.uint8)}, metadata=header))
     kept, total = sum(mask.sum() for mask in masks.values()), sum(mask.size for mask in masks.values())
-    share = np.array([kept / total, 1 - kept / total])
-    bound = -total * float((share * np.log2(share, where=share > 0, out=np.zeros(2))).sum()) / 8
+    bound = total * entropy(kept / total) / 8
     size = Path(path).stat().st_size
     print(f"{path}: {size:,} bytes, density {kept / total:.4f}; entropy bound {bound:,.0f}, ratio {size / bound:.3f}")
 

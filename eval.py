@@ -241,6 +241,11 @@ def sweep(run, densities, device, data_dir):
         print(f"density {density:g}, achieved {method.achieved():.4f}: {metrics}", flush=True)
 
 
+def entropy(density):
+    """Bits per weight of a mask that keeps this share: no code for its places can be shorter, were they random."""
+    return -sum(p * math.log2(p) for p in (density, 1 - density) if p)
+
+
 def report(run, which, device, data_dir):
     """Print the metrics on dev, the density table and the sizes of one run."""
     model, task, tokenizer, s = load_run(run, which)
@@ -256,7 +261,7 @@ def report(run, which, device, data_dir):
         print(f"  {name:>5} " + "".join(f"{x:8.4f}" for x in [*(k / n), k.sum() / n.sum()]))
     kept, total = int(kept.sum()), int(sizes.sum())
     everything = sum(p.numel() for p in model.parameters())
-    bits = -sum(p * math.log2(p) for p in (kept / total, 1 - kept / total) if p)  # entropy of a mask, per weight
+    bits = entropy(kept / total)
     print("size")
     print(f"  all parameters   {everything:12,}  {4 * everything / 1e6:8.2f} MB in fp32")
     print(f"  encoder matrices {total:12,}  {4 * total / 1e6:8.2f} MB in fp32, zeros stored")
