@@ -133,14 +133,21 @@ def top_k_mask(scores, k):
     return torch.from_numpy(mask).view(scores.shape)
 
 
-def n_of_m_mask(scores, n, m):
-    """(out, in) bool: of every m neighbours along the input dimension the n largest, among equals the first: those that
-    fewer than n of their group beat. For a small m many times faster than sorting the groups."""
-    group, kept = scores.unflatten(1, (-1, m)).unbind(2), []  # m times (out, in / m)
+def n_of_m_mask(scores, density, m):
+    """(out, in) bool: of every m neighbours along the input dimension the density * m largest, among equals the first.
+    Where that is not whole, some groups keep one more: those whose next score is largest, so that the density is exact.
+    """
+    values = scores.detach().unflatten(1, (-1, m))  # (out, in / m, m)
+    group, rank = values.unbind(2), []  # a score's rank, by how many of its group beat it: faster than sorting
     for i, score in enumerate(group):
-        beaten = [(other >= score if j < i else other > score).char() for j, other in enumerate(group) if j != i]
-        kept.append(sum(beaten) < n)
-    return torch.stack(kept, dim=2).flatten(1)
+        rank.append(sum((other >= score if j < i else other > score).char() for j, other in enumerate(group) if j != i))
+    rank = torch.stack(rank, dim=2)
+    n = math.floor(density * m + 1e-9)
+    mask, more = rank < n, int(density * scores.numel()) - n * group[0].numel()
+    if more > 0:
+        following = torch.where(rank == n, values, 0.0).sum(2)  # (out, in / m): the next score of each group
+        mask |= (rank == n) & top_k_masks([following], [more])[0][..., None]
+    return mask.flatten(1)
 
 
 def block_values(scores, count):
@@ -355,8 +362,8 @@ class Movement(Dense):
         density, pattern, columns = self.density(step), self.settings.pattern, dict(self.masked)
         n, m = n_of_m(pattern)
         if n:
-            for linear in self.linears:  # whole weights per group: n at the end of the ramp, not before
-                linear.mask.copy_(n_of_m_mask(self.rank(linear), max(n, math.ceil(density * m - 1e-9)), m))
+            for linear in self.linears:
+                linear.mask.copy_(n_of_m_mask(self.rank(linear), density, m))
             return
         layers, shares = len(columns["Q"]), self.shares(density)
         shares = {letter: shares[i * layers : (i + 1) * layers] for i, letter in enumerate(columns)}

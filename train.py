@@ -57,9 +57,7 @@ class Settings:
     task: str = flag("demo", None, f"one of {' '.join(name for name in TASKS if name != 'ax')}")
     task_file: str = flag(None, None, "your own task: a JSON file, see README")
     method: str = flag("smp-s", tuple(METHODS), "how to prune")
-    density: float = flag(
-        None, "(0, 1]", "fraction kept of the encoder's matrices; recipe 0.1, pins 0.2, soft-movement, l0: by lambda"
-    )
+    density: float = flag(None, "(0, 1]", "fraction of the encoder kept; recipe 0.1, pins 0.2, soft and l0 by lambda")
     out: str = flag(None, None, "run folder; default runs/TASK-METHOD-DENSITY-sSEED")
     resume: bool = flag(False, None, "continue the run in --out, bit-exactly, from its last checkpoint")
 
@@ -178,11 +176,10 @@ def parse(argv):
             group = parser.add_argument_group(f.metadata["group"])
         name = "--" + f.name.replace("_", "-")
         text = f.metadata["help"] + ("" if f.default is None else f"; default {f.default}")
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         within = f.metadata["within"]
-        extra = {"choices": within} if isinstance(within, tuple) else {"metavar": within}
-        extra = {} if f.type is bool else extra
-        group.add_argument(name, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind, **extra)
+        kind = {"type": f.type} | ({"choices": within} if isinstance(within, tuple) else {"metavar": within})
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
+        group.add_argument(name, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind)
     return vars(parser.parse_args(argv))
 
 
@@ -195,7 +192,7 @@ def settings_from(given):
     if s.pattern != "weight":
         if not METHODS[s.method].top_k:
             raise UserError(f"--pattern {s.pattern}: {s.method} ranks single weights; use smp, movement or magnitude")
-        n, m = n_of_m(s.pattern) if re.fullmatch(r"\d{1,3}:\d{1,3}", s.pattern) else (0, 1)
+        n, m = n_of_m(s.pattern) if re.fullmatch(r"\d{1,2}:\d{1,2}", s.pattern) else (0, 1)
         if s.pattern not in TIED and not 0 < n < m:
             raise UserError(f"--pattern {s.pattern}: expected weight, {', '.join(TIED)} or n:m with 0 < n < m, as 2:4")
         if n and s.density not in (None, n / m):

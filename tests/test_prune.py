@@ -127,8 +127,15 @@ def test_patterns(method, pattern):
                 assert (mask.unflatten(1, (-1, size)).sum(2) == n).all()
             m.update(0)
             assert m.achieved() == 1
-            m.update(9)  # the ramp, not quite at its end: one more per group
-            assert m.achieved() == pytest.approx((n + 1) / size)
+            for step in (1, 5, 8):  # in the ramp: the density asked for, exactly, and whole numbers as alike as can be
+                m.update(step)
+                for linear in m.linears:
+                    assert int(linear.mask.sum()) == int(m.density(step) * linear.mask.numel())
+                    kept = linear.mask.unflatten(1, (-1, size)).sum(2)
+                    assert kept.max() - kept.min() <= 1
+                    values = m.rank(linear).unflatten(1, (-1, size)).sort(dim=2, descending=True).values
+                    following = values[:, :, kept.min()]
+                    assert following[kept == kept.max()].min() >= following[kept == kept.min()].max()
             continue
         for up, down in zip(u, d, strict=True):
             kept = up[:, 0]
