@@ -291,10 +291,14 @@ def write_predictions(run, which, device, data_dir, split, path, task_name):
     print(f"{path}: {len(cells):,} predictions of {task.name} {split}")
 
 
-def teacher_kind(teacher):
-    """What a table calls the setting --teacher."""
+def variant(settings):
+    """What a table adds to the name of a run's method; runs that differ in it never share a row."""
+    teacher = settings["teacher"]
     kinds = {"none": "", None: "", "self": " + self"}
-    return kinds.get(teacher, " + dense, then self" if str(teacher).startswith("self:") else " + teacher")
+    text = kinds.get(teacher, " + dense, then self" if str(teacher).startswith("self:") else " + teacher")
+    text += " (logit)" if settings["regression"] == "logit" else ""
+    text += " (signed)" if settings.get("pins_score") == "signed" and settings["method"] == "pins" else ""
+    return text + (f" ({settings['pattern']})" if settings.get("pattern", "weight") != "weight" else "")
 
 
 def table(runs):
@@ -310,9 +314,9 @@ def table(runs):
         # all but these, and the settings that older runs of the method did not have
         compared = set.intersection(*alike) - {"seed", "out", "data_dir", "device", "resume", "log_every"}
         setting = {name: settings[name] for name in compared}
-        setting["teacher"] = taught = teacher_kind(settings["teacher"])  # each seed may have its own
-        order = (result["task"], result["method"] != "dense", result["method"], -(result["density"] or 0.0), taught)
-        groups.setdefault((order, json.dumps(setting, sort_keys=True)), []).append((result, settings))
+        setting["teacher"] = variant(settings)  # each seed may have a teacher of its own
+        order = (result["task"], result["method"] != "dense", result["method"], -(result["density"] or 0.0))
+        groups.setdefault((order, setting["teacher"], json.dumps(setting, sort_keys=True)), []).append(result)
 
     def cell(rows):
         texts = []
@@ -324,13 +328,8 @@ def table(runs):
 
     print("| task | method | density | achieved | seeds | epochs | last step | best on dev | minutes |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for _, members in sorted(groups.items()):
-        results, settings = [r for r, _ in members], members[0][1]
+    for (_, extra, _), results in sorted(groups.items()):
         r = results[0]
-        extra = teacher_kind(settings["teacher"])
-        extra += " (logit)" if settings["regression"] == "logit" else ""
-        extra += " (signed)" if settings.get("pins_score") == "signed" and settings["method"] == "pins" else ""
-        extra += f" ({settings['pattern']})" if settings.get("pattern", "weight") != "weight" else ""
         asked = f"{r['density']:g}" if r["density"] else "by lambda"
         achieved = np.mean([r["achieved_density"] for r in results])
         minutes = np.mean([r["train_seconds"] for r in results]) / 60

@@ -410,15 +410,20 @@ def test_predictions_file(tiny, finished, tmp_path):
 
 
 def test_table_groups_seeds_and_nothing_else(tiny, finished, tmp_path, capsys):
-    """Two seeds make one row with mean ± std; another epoch count is another row."""
+    """Two seeds make one row with mean ± std; another method or pattern is another row, also beside an older run."""
     for seed in (0, 1):
         run(tiny, tmp_path / f"s{seed}", "--method", "smp-l", "--epochs", 1, "--seed", seed)
+    run(tiny, tmp_path / "unit", "--method", "smp-l", "--epochs", 1, "--pattern", "unit")
+    older = json.loads((tmp_path / "s1" / "config.json").read_text())
+    del older["settings"]["pattern"]
+    (tmp_path / "s1" / "config.json").write_text(json.dumps(older))
     capsys.readouterr()
-    runs = [str(tmp_path / "s0"), str(tmp_path / "s1"), str(finished / "smp-s"), str(finished / "dense")]
+    runs = [*(str(tmp_path / name) for name in ("s0", "s1", "unit")), *(str(finished / m) for m in ("smp-s", "dense"))]
     assert evaluation.main(runs) == 0
     lines = capsys.readouterr().out.splitlines()[2:]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert [row[1] for row in cells] == ["dense", "smp-l", "smp-s"] and [row[4] for row in cells] == ["1", "2", "1"]
+    assert [row[1] for row in cells] == ["dense", "smp-l", "smp-l (unit)", "smp-s"]
+    assert [row[4] for row in cells] == ["1", "2", "1", "1"]
     scores = [100 * json.loads((Path(r) / "result.json").read_text())["metrics"]["accuracy"] for r in runs[:2]]
     assert cells[1][6].startswith(f"accuracy {np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f}")
 
