@@ -57,7 +57,7 @@ class Settings:
     task: str = flag("demo", None, f"one of {' '.join(name for name in TASKS if name != 'ax')}")
     task_file: str = flag(None, None, "your own task: a JSON file, see README")
     method: str = flag("smp-s", tuple(METHODS), "how to prune")
-    density: float = flag(None, "(0, 1]", "fraction of the encoder kept; recipe 0.1, pins 0.2, soft and l0 by lambda")
+    density: float = flag(None, "(0, 1]", "fraction kept; recipe 0.1, pins 0.2, l0 and soft-movement by lambda")
     out: str = flag(None, None, "run folder; default runs/TASK-METHOD-DENSITY-sSEED")
     resume: bool = flag(False, None, "continue the run in --out, bit-exactly, from its last checkpoint")
 
