@@ -1,15 +1,13 @@
-"""
-GLUE (nine tasks, the AX diagnostics, or a task of your own) as token ids in flat numpy arrays.
+"""GLUE as token ids in flat numpy arrays: nine tasks, the AX diagnostics, or a task of your own.
 
-Notable:
-- one row per task in TASKS: everything this program knows about GLUE is there
-- the official files, checked: sha256 of what is downloaded or unzipped, row counts of what is read
-- works offline on a folder of official zips or TSVs; a read-only folder stays untouched (see `cache_home`)
-- text is read as the official scripts read it: tabs and newlines separate, quotes are text
-- a split is tokenised once and cached under a hash of everything that decides the ids
-- an epoch is a list of index arrays, grouped by length: a pure function of (lengths, batch size, seed, epoch)
+- `TASKS` has one row for each task. A row holds everything that this program knows about the task.
+- The official files are checked by the sha256 of the sources and by the number of rows.
+- A folder of official zips or TSVs is enough to work offline. A read-only folder stays untouched.
+- Text is read as the official scripts read it. Tabs and newlines separate, and quotes are text.
+- A split is tokenised once. The name of its cache file depends on all that decides the token ids.
+- An epoch is a list of index arrays. It depends only on lengths, batch size, seed and epoch.
 
-    python data.py --task mrpc mnli        # download, check and count (the training loop does it by itself too)
+    python data.py --task mrpc mnli    # download, check and count; training does it by itself too
 """
 
 import argparse
@@ -24,7 +22,7 @@ import zipfile
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import wraps
-from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -34,24 +32,24 @@ from safetensors import SafetensorError
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 from tqdm import tqdm
 
+DEMO = Path(__file__).parent / "demo"
+
+# -------------------------------------------------------------------------------------------------
+# small tools shared by all files
+
 
 class UserError(Exception):
-    """A mistake of the user's, in one line: main() prints it as `error: ...` and exits with status 2."""
+    """A mistake of the user, described in one line."""
 
 
-class Parser(argparse.ArgumentParser):
-    """Flags must be written out, and a wrong one is a UserError like any other."""
-
-    def __init__(self, description):
-        kind = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=kind, allow_abbrev=False)
-
-    def error(self, message):
-        raise UserError(f"{message}; see --help")
+def require(condition, message):
+    """Raise UserError unless the condition holds."""
+    if not condition:
+        raise UserError(message)
 
 
 def program(main):
-    """A main(argv) whose UserError is one line on stderr and exit status 2; else its own status, or 0."""
+    """Let `main(argv)` print a UserError as one line on stderr, and return the exit status."""
 
     @wraps(main)
     def reporting(argv=None):
@@ -64,14 +62,27 @@ def program(main):
     return reporting
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that refuses abbreviated flags and raises UserError for a wrong flag."""
+
+    def __init__(self, description):
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=layout, allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(f"{message.removeprefix('argument ')}; see --help")
+
+
 def atomic_write(path, data):
-    """Write bytes or text so that `path` is at any moment either the old file or the new one, never half of one."""
+    """Write bytes or text to `path` so that it is never half-written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if isinstance(data, str):
+        data = data.encode()
     try:
         with open(temp, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temp, path)
@@ -79,40 +90,77 @@ def atomic_write(path, data):
         temp.unlink(missing_ok=True)
 
 
+def write_json(path, value):
+    atomic_write(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path):
+    """Return the object in a JSON file. Raises UserError if it is missing or not an object."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable JSON object ({error})") from None
+    require(isinstance(value, dict), f"{path}: not a readable JSON object")
+    return value
+
+
+def sha256_of(*paths):
+    """Return the hex digest over the bytes of files, one after another."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            hashlib.file_digest(file, lambda: digest)  # adds the file to the digest
+    return digest.hexdigest()
+
+
 def cache_home():
-    """The folder for what cannot be written beside the data: $NANOPRUNE_CACHE, or nanoprune in the user's cache."""
+    """Return the folder for what cannot be written beside the data."""
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("NANOPRUNE_CACHE") or user_cache / "nanoprune")
 
 
 def writable(folder):
-    """May we write there? Root may write anywhere, but a folder that nobody may write to is left alone all the same."""
+    """May we write to `folder`? It is created if it is missing.
+
+    Root may write everywhere. A folder without any write permission is left alone all the same.
+    """
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    return folder.is_dir() and os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222 > 0
+        return os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222 > 0
+    return False
 
 
-@dataclass(frozen=True)
+# -------------------------------------------------------------------------------------------------
+# tasks
+
+SPLITS = ("train", "dev", "test")  # MNLI has "dev_mm" and "test_mm" as well
+
+
+@dataclass
 class Task:
-    name: str
-    folder: str  # the official name: of its folder, and of its file in a leaderboard submission
-    labels: tuple  # names in class order, that of Hugging Face's checkpoints; () for regression
-    spelling: tuple  # the same as the files and the leaderboard write them
-    words: tuple  # the label word of each class; for regression those of the low and the high end
-    metrics: tuple  # the first one selects the best checkpoint
-    columns: tuple  # one or two text columns
-    label: str  # the label column
-    files: dict  # split -> file, relative to the data folder
-    rows: dict  # split -> number of rows; empty for a task of your own
-    sources: tuple = ()  # (address, bytes, sha256) of what the files are made from
-    header: tuple = ()  # the column names of labelled files, where these come without a header line
-    drop_broken: bool = False  # drop rows with missing fields instead of refusing them
-    low: float = 0.0  # the range of a regression's labels
-    high: float = 5.0
+    """What this program knows about a task. The defaults are what most tasks of GLUE share."""
 
-    @property
-    def num_classes(self):
-        return len(self.labels)
+    name: str
+    folder: str  # the official name, used for the folder and for the file sent to the leaderboard
+    labels: tuple  # the class names in the order of Hugging Face's checkpoints; () for regression
+    spelling: tuple = ("0", "1")  # the classes as the files and the leaderboard write them
+    words: tuple = ("no", "yes")  # the word of each class; for regression, of `low` and of `high`
+    metrics: tuple = ("accuracy",)  # the first one selects the best checkpoint
+    columns: tuple = ("sentence1", "sentence2")  # one or two columns of text
+    label: str = "label"  # the column of labels
+    files: dict | None = None  # split -> file in the data folder; None: the usual three
+    rows: dict | tuple = ()  # the number of rows of each of these files; () for your own
+    sources: tuple = ()  # (address, sha256) of each file that the TSVs are made from
+    header: tuple = ()  # the column names, where labelled files have no header line
+    drop_broken: bool = False  # whether to drop rows with missing fields, and not refuse them
+    low: float = 0.0  # the lowest value that a label of a regression task can have
+    high: float = 5.0  # the highest one
+
+    def __post_init__(self):
+        if self.files is None:
+            self.files = tsvs(self.folder)
+        if isinstance(self.rows, tuple):
+            self.rows = dict(zip(self.files, self.rows))
 
     @property
     def regression(self):
@@ -120,426 +168,552 @@ class Task:
 
     @property
     def eval_splits(self):
-        """The splits to evaluate, each with what it appends to the names of its metrics."""
-        return {split: split.removeprefix("dev") for split in self.files if split.startswith("dev")}
+        """Return the splits to evaluate, each with the ending of its metrics' names."""
+        return {name: name.removeprefix("dev") for name in self.files if name.startswith("dev")}
 
 
 def tsvs(folder):
-    return {split: f"{folder}/{split}.tsv" for split in ("train", "dev", "test")}
+    """Return the usual files of a task."""
+    return {split: f"{folder}/{split}.tsv" for split in SPLITS}
 
 
-S12, BIT, NLI = ("sentence1", "sentence2"), ("0", "1"), ("entailment", "neutral", "contradiction")
-ACC, ACC_F1, ENTAILED = ("accuracy",), ("accuracy", "f1"), ("entailment", "not_entailment")
+def glue_file(name, sha256):
+    """Return the sources of a task that is made from one file of GLUE."""
+    return ((f"glue/data/{name}", sha256),)
 
-TASKS = (  # name, folder, labels, spelling, words, metrics, columns, label column, files, rows, sources, ...
-    Task("cola", "CoLA", ("unacceptable", "acceptable"), BIT, ("incorrect", "correct"), ("matthews",),
-         ("sentence",), "label", tsvs("CoLA"), dict(train=8_551, dev=1_043, test=1_063),
-         (("glue/data/CoLA.zip", 376_971, "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),),
-         header=("source", "label", "star", "sentence")),
-    Task("sst2", "SST-2", ("negative", "positive"), BIT, ("terrible", "great"), ACC,
-         ("sentence",), "label", tsvs("SST-2"), dict(train=67_349, dev=872, test=1_821),
-         (("glue/data/SST-2.zip", 7_439_277, "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),)),
-    # GLUE may not host MRPC: it is made from the original files, and a list of the pairs that are its dev split
-    Task("mrpc", "MRPC", ("not_equivalent", "equivalent"), BIT, ("no", "yes"), ACC_F1,
-         ("#1 String", "#2 String"), "Quality", tsvs("MRPC"), dict(train=3_668, dev=408, test=1_725),
-         (("senteval/senteval_data/msr_paraphrase_train.txt", 1_047_044,
-           "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89"),
-          ("senteval/senteval_data/msr_paraphrase_test.txt", 441_275,
-           "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784"),
-          ("glue/data/mrpc_dev_ids.tsv", 6_222,
-           "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7"))),
-    Task("stsb", "STS-B", (), (), ("no", "yes"), ("pearson", "spearman"),
-         S12, "score", tsvs("STS-B"), dict(train=5_749, dev=1_500, test=1_379),
-         (("glue/data/STS-B.zip", 802_872, "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85"),)),
-    # a few rows of QQP have lost their last columns; the official scripts drop them
-    Task("qqp", "QQP", ("not_duplicate", "duplicate"), BIT, ("no", "yes"), ACC_F1,
-         ("question1", "question2"), "is_duplicate", tsvs("QQP"), dict(train=363_846, dev=40_430, test=390_965),
-         (("glue/data/QQP-clean.zip", 41_696_084, "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),),
-         drop_broken=True),
-    Task("mnli", "MNLI", NLI, NLI, ("yes", "maybe", "no"), ("accuracy", "accuracy_mm"), S12, "gold_label",
-         {"train": "MNLI/train.tsv", "dev": "MNLI/dev_matched.tsv", "dev_mm": "MNLI/dev_mismatched.tsv",
-          "test": "MNLI/test_matched.tsv", "test_mm": "MNLI/test_mismatched.tsv"},
-         dict(train=392_702, dev=9_815, dev_mm=9_832, test=9_796, test_mm=9_847),
-         (("glue/data/MNLI.zip", 312_783_507, "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"),)),
-    Task("qnli", "QNLI", ENTAILED, ENTAILED, ("yes", "no"), ACC,
-         ("question", "sentence"), "label", tsvs("QNLI"), dict(train=104_743, dev=5_463, test=5_463),
-         (("glue/data/QNLIv2.zip", 10_627_589, "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),)),
-    Task("rte", "RTE", ENTAILED, ENTAILED, ("yes", "no"), ACC,
-         S12, "label", tsvs("RTE"), dict(train=2_490, dev=277, test=3_000),
-         (("glue/data/RTE.zip", 697_150, "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),)),
-    Task("wnli", "WNLI", ("not_entailment", "entailment"), BIT, ("no", "yes"), ACC,
-         S12, "label", tsvs("WNLI"), dict(train=635, dev=71, test=146),
-         (("glue/data/WNLI.zip", 28_999, "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46"),)),
-    # the diagnostics have no labels of their own: an MNLI model predicts them
-    Task("ax", "AX", NLI, NLI, ("yes", "maybe", "no"), (), S12, "", {"test": "AX.tsv"}, {"test": 1_104},
-         (("glue/data/AX.tsv", 222_257, "0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd"),)),
-)  # fmt: skip
-TASKS = {"demo": None} | {task.name: task for task in TASKS}  # the demo is demo/task.json, a task file like yours
+
+NLI = ("entailment", "neutral", "contradiction")
+ENTAILED = ("entailment", "not_entailment")
+
+# fmt: off
+GLUE_TASKS = (
+    Task(name="cola", folder="CoLA",
+         labels=("unacceptable", "acceptable"), words=("incorrect", "correct"),
+         metrics=("matthews",), columns=("sentence",),
+         header=("source", "label", "star", "sentence"),
+         rows=(8_551, 1_043, 1_063),
+         sources=glue_file("CoLA.zip",
+                           "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff")),
+    Task(name="sst2", folder="SST-2",
+         labels=("negative", "positive"), words=("terrible", "great"),
+         columns=("sentence",),
+         rows=(67_349, 872, 1_821),
+         sources=glue_file("SST-2.zip",
+                           "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa")),
+    # GLUE may not host MRPC. It is made from the original files and a list of its dev pairs.
+    Task(name="mrpc", folder="MRPC",
+         labels=("not_equivalent", "equivalent"),
+         metrics=("accuracy", "f1"), columns=("#1 String", "#2 String"), label="Quality",
+         rows=(3_668, 408, 1_725),
+         sources=(
+             ("senteval/senteval_data/msr_paraphrase_train.txt",
+              "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89"),
+             ("senteval/senteval_data/msr_paraphrase_test.txt",
+              "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784"),
+             ("glue/data/mrpc_dev_ids.tsv",
+              "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7"))),
+    Task(name="stsb", folder="STS-B",
+         labels=(), spelling=(), metrics=("pearson", "spearman"), label="score",
+         rows=(5_749, 1_500, 1_379),
+         sources=glue_file("STS-B.zip",
+                           "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85")),
+    # A few rows of QQP have lost their last columns. The official scripts drop these rows.
+    Task(name="qqp", folder="QQP",
+         labels=("not_duplicate", "duplicate"),
+         metrics=("accuracy", "f1"), columns=("question1", "question2"), label="is_duplicate",
+         drop_broken=True,
+         rows=(363_846, 40_430, 390_965),
+         sources=glue_file("QQP-clean.zip",
+                           "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0")),
+    Task(name="mnli", folder="MNLI",
+         labels=NLI, spelling=NLI, words=("yes", "maybe", "no"),
+         metrics=("accuracy", "accuracy_mm"), label="gold_label",
+         files={"train": "MNLI/train.tsv",
+                "dev": "MNLI/dev_matched.tsv", "dev_mm": "MNLI/dev_mismatched.tsv",
+                "test": "MNLI/test_matched.tsv", "test_mm": "MNLI/test_mismatched.tsv"},
+         rows=(392_702, 9_815, 9_832, 9_796, 9_847),
+         sources=glue_file("MNLI.zip",
+                           "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633")),
+    Task(name="qnli", folder="QNLI",
+         labels=ENTAILED, spelling=ENTAILED, words=("yes", "no"),
+         columns=("question", "sentence"),
+         rows=(104_743, 5_463, 5_463),
+         sources=glue_file("QNLIv2.zip",
+                           "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5")),
+    Task(name="rte", folder="RTE",
+         labels=ENTAILED, spelling=ENTAILED, words=("yes", "no"),
+         rows=(2_490, 277, 3_000),
+         sources=glue_file("RTE.zip",
+                           "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee")),
+    Task(name="wnli", folder="WNLI",
+         labels=("not_entailment", "entailment"),
+         rows=(635, 71, 146),
+         sources=glue_file("WNLI.zip",
+                           "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46")),
+    # The diagnostics come without labels. A model trained on MNLI predicts them.
+    Task(name="ax", folder="AX",
+         labels=NLI, spelling=NLI, words=("yes", "maybe", "no"),
+         metrics=(), label="",
+         files={"test": "AX.tsv"}, rows=(1_104,),
+         sources=glue_file("AX.tsv",
+                           "0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd")),
+)
+# fmt: on
+
+# The demo is described by demo/task.json, which is a task file like yours.
+TASKS = {"demo": None} | {task.name: task for task in GLUE_TASKS}
 
 
 def get_task(name, task_file=None):
-    """The task called `name`, or the one described in `task_file`. Raises UserError for an unknown name or key."""
-    if task_file or name == "demo":
-        return read_task_file(Path(task_file or Path(__file__).parent / "demo" / "task.json"))
-    if name not in TASKS:
-        raise UserError(f'unknown task "{name}": expected one of {", ".join(TASKS)}, or --task-file')
+    """Return the task called `name`, or the one in `task_file`; UserError for an unknown name."""
+    if name == "demo" and not task_file:
+        task_file = DEMO / "task.json"
+    if task_file:
+        return read_task_file(Path(task_file))
+    require(name in TASKS, f'unknown task "{name}": expected {", ".join(TASKS)}, or --task-file')
     return TASKS[name]
 
 
+# -------------------------------------------------------------------------------------------------
+# task files
+
+
 def read_task_file(path):
-    """
-    Your own task, as JSON; the files are TSVs with a header line, their paths relative to the JSON:
+    """Return a task of your own, described in JSON.
+
         {"name": "mine", "train": "train.tsv", "dev": "dev.tsv", "columns": ["question", "answer"],
          "label": "label", "labels": ["bad", "good"], "words": ["no", "yes"], "metric": "accuracy"}
-    "labels" are the strings in the label column, in class order; for regression give "range": [0, 5] in their place,
-    and two words, for the low and the high end. "test" is optional. "metric" may be a list: the first one selects.
-    """
-    try:
-        row = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a readable JSON object ({error})") from None
 
-    def need(ok, key, expected):
-        if not ok:
-            raise UserError(f'{path}: "{key}": expected {expected}')
+    The files are TSVs with a header line. Their paths are relative to the JSON file. "test" may
+    name a third file. "columns" are one or two columns of text. "label" is the column of labels.
+    "labels" are the strings in it, in the order of the classes, and "words" are their label words.
+    "metric" may be a list. The first metric selects the best checkpoint. For regression, give
+    "range": [0, 5] in place of "labels", and two words, for the low end and for the high end.
+    Raises UserError with the key that is wrong.
+    """
+    row = read_json(path)
+    needed = ("name", "train", "dev", "columns", "label", "words", "metric")
+
+    def expect(condition, key, expected):
+        require(condition, f'{path}: "{key}": expected {expected}')
 
     def strings(key, counts):
+        """Return the value of `key`, a string or a list of strings, as a tuple."""
         values = row[key] if isinstance(row[key], list) else [row[key]]
-        distinct = all(isinstance(value, str) and value for value in values) and len(set(values)) == len(values)
-        need(distinct and len(values) in counts, key, f"{' or '.join(map(str, counts[:3]))} different strings")
+        distinct = {value for value in values if isinstance(value, str) and value}
+        lengths = " or ".join(map(str, counts[:3]))
+        valid = len(distinct) == len(values) and len(values) in counts
+        expect(valid, key, f"{lengths} different strings")
         return tuple(values)
 
-    required = ("name", "train", "dev", "columns", "label", "words", "metric")
     for key in row:
-        need(key in (*required, "test", "labels", "range"), key, "no such key")
-    for key in required:
-        need(key in row, key, "this key, but it is missing")
-    need(("labels" in row) != ("range" in row), "labels", 'either "labels" or, for regression, "range"')
-    need(re.fullmatch(r"[\w.-]+", str(row["name"])), "name", "letters, digits, dots and dashes")
-    labels, ends = strings("labels", range(2, 1000)) if "labels" in row else (), row.get("range", [0, 5])
-    need(isinstance(ends, list) and [type(end) in (int, float) for end in ends] == [True, True] and ends[0] < ends[1],
-         "range", "two numbers, the lower one first")
-    metrics, known = strings("metric", (1, 2, 3)), ("accuracy", "f1", "matthews") if labels else ("pearson", "spearman")
-    known = known[:1] if len(labels) > 2 else known  # F1 and Matthews are those of two classes
-    need(set(metrics) <= set(known), "metric", f"some of {', '.join(known)}")
-    files = {split: str(path.resolve().parent / strings(split, [1])[0]) for split in row if split in tsvs("")}
-    return Task(row["name"], row["name"], labels, labels, strings("words", [len(labels) or 2]), metrics,
-                strings("columns", [1, 2]), *strings("label", [1]), files, {}, low=float(ends[0]), high=float(ends[1]))
+        expect(key in (*needed, "test", "labels", "range"), key, "no such key")
+    for key in needed:
+        expect(key in row, key, "this key, but it is missing")
+    either = 'either "labels" or, for regression, "range"'
+    expect(("labels" in row) != ("range" in row), "labels", either)
+    (name,) = strings("name", [1])
+    expect(re.fullmatch(r"[\w.-]+", name), "name", "letters, digits, dots and dashes")
+    labels = strings("labels", range(2, 1000)) if "labels" in row else ()
+    ends = row.get("range", [0, 5])
+    numbers = isinstance(ends, list) and {type(end) for end in ends} <= {int, float}
+    in_order = numbers and len(ends) == 2 and ends[0] < ends[1]
+    expect(in_order, "range", "two numbers, the lower one first")
+    metrics = strings("metric", (1, 2, 3))
+    known = ("accuracy", "f1", "matthews") if labels else ("pearson", "spearman")
+    if len(labels) > 2:
+        known = ("accuracy",)  # F1 and Matthews are those of two classes
+    expect(set(metrics) <= set(known), "metric", f"some of {', '.join(known)}")
+    folder = path.resolve().parent
+    return Task(
+        name=name,
+        folder=name,
+        labels=labels,
+        spelling=labels,
+        words=strings("words", [len(labels) or 2]),
+        metrics=metrics,
+        columns=strings("columns", (1, 2)),
+        label=strings("label", [1])[0],
+        files={split: str(folder / strings(split, [1])[0]) for split in row if split in SPLITS},
+        low=float(ends[0]),
+        high=float(ends[1]),
+    )
 
 
-def check_sha256(path, sha256, advice):
-    data = path.read_bytes()
-    if (got := hashlib.sha256(data).hexdigest()) != sha256:
-        raise UserError(f"{path}: not the official file: {len(data)} bytes, sha256 {got}, expected {sha256}; {advice}")
-
-
-def download(source, path):
-    """Fetch one source to `path`, by way of `path`.part, which the next call resumes if this one is interrupted."""
-    address, size, sha256 = source
-    url = os.environ.get("GLUE_URL", "https://dl.fbaipublicfiles.com/").rstrip("/") + "/" + address
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    have = part.stat().st_size if part.exists() else 0
-    if not sys.stderr.isatty():
-        print(f"downloading {url} ({size / 1e6:.1f} MB)", file=sys.stderr)  # otherwise there is a progress bar
-    try:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if 0 < have < size else {})
-        with urllib.request.urlopen(request, timeout=60) as response:
-            if not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-                have = 0  # nothing to resume, or a server that ignores the range and sends everything
-            end = min(size, have + int(response.headers.get("Content-Length", size)))
-            with (open(part, "ab" if have else "wb") as file,
-                  tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=path.name, disable=None) as bar):
-                while have < end and (block := response.read(min(1 << 18, end - have))):
-                    have += file.write(block)
-                    bar.update(len(block))
-        if have < end:
-            raise ConnectionError(f"the connection ended after {have} of {size} bytes")
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        if getattr(error, "code", None) == 416:  # range not satisfiable: what we have is part of another file
-            part.unlink()
-        raise UserError(f"{url}: {str(error) or type(error).__name__}; run again to resume, or put {path.name} into "
-                        f"{path.parent} yourself, or set GLUE_URL to a mirror") from None
-    try:
-        check_sha256(part, sha256, f"it came from {url} and is deleted; run again, or set GLUE_URL to a mirror")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def fetch(source, folders, home):
-    """The path of one source, verified: found in one of `folders`, else downloaded to `home`."""
-    name = source[0].rsplit("/", 1)[-1]
-    for folder in folders:
-        if (folder / name).is_file():
-            check_sha256(folder / name, source[2], "remove it, and it is downloaded")
-            return folder / name
-    download(source, home / name)
-    return home / name
-
-
-def unpack(archive, home, names):
-    """
-    Write the members `names` of a zip below `home`, each atomically, none over a file that is there. Nothing else is
-    ever written; a zip with a member that points out of the folder is refused as a whole all the same.
-    """
-    try:
-        with zipfile.ZipFile(archive) as zipped:
-            for member in zipped.namelist():
-                if re.match(r"[/\\]|\w:", member) or ".." in re.split(r"[/\\]", member):
-                    raise UserError(f'{archive}: the member "{member}" would leave the folder; nothing was unzipped')
-            for name in names:
-                if not (home / name).exists():
-                    atomic_write(home / name, zipped.read(name))
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise UserError(f"{archive}: not a usable zip: {error}; remove it, and it is downloaded") from None
-
-
-def build_mrpc(train, test, dev_ids, home):
-    """MRPC's three TSVs: the listed pairs of the original training file are dev, its other rows are train."""
-    ids = set(dev_ids.read_text(encoding="utf-8").split("\n"))
-    header, *lines = train.read_bytes().decode("utf-8-sig").rstrip("\n").split("\n")
-    splits = {"train": [header], "dev": [header]}
-    for line in lines:
-        splits["dev" if "\t".join(line.split("\t")[1:3]) in ids else "train"].append(line)
-    texts = {split: "\n".join(lines) + "\n" for split, lines in splits.items()} | {"test": test.read_bytes()}
-    for split, text in texts.items():
-        if not (home / f"MRPC/{split}.tsv").exists():
-            atomic_write(home / f"MRPC/{split}.tsv", text)
+# -------------------------------------------------------------------------------------------------
+# download
 
 
 def locate(task, split, data_dir):
+    """Return the path of the TSV of a split.
+
+    The file is taken from `data_dir` if it is there. If not, it is made from the official sources,
+    and sources that are not there are downloaded. What we make goes to `data_dir`. If we may not
+    write there, it goes to a folder of its own in `cache_home()`.
     """
-    The TSV of a split: in `data_dir` if it is there, else made from the sources there, else downloaded.
-    What is made goes to `data_dir`, or, where that may not be written, to a folder of its own in `cache_home()`.
-    """
-    if split not in task.files:
-        raise UserError(f'task {task.name} has no "{split}" split; it has {", ".join(task.files)}')
-    data_dir, name = Path(data_dir), task.files[split]
-    if (data_dir / name).is_file():
-        return data_dir / name
-    if not task.sources:
-        raise UserError(f"{name}: no such file (the {split} split of task {task.name})")
-    spare = cache_home() / task.sources[0][2][:16]
-    if (spare / name).is_file():
-        return spare / name
+    require(split in task.files, f'{task.name} has no "{split}" split but {", ".join(task.files)}')
+    name = task.files[split]
+    data_dir = Path(data_dir)
+    spare = cache_home() / task.sources[0][1][:16] if task.sources else data_dir
+    for folder in (data_dir, spare):
+        if (folder / name).is_file():
+            return folder / name
+    require(task.sources, f"{name}: no such file (the {split} split of task {task.name})")
     home = data_dir if writable(data_dir) else spare
-    sources = [fetch(source, (data_dir, data_dir / task.folder, spare), home) for source in task.sources]
+    folders = (data_dir, data_dir / task.folder, spare)
+    sources = [fetch(source, folders, home) for source in task.sources]
     if task.name == "mrpc":
         build_mrpc(*sources, home)
     elif sources[0].suffix == ".zip":
         unpack(sources[0], home, task.files.values())
     else:
-        return sources[0]
+        return sources[0]  # the source is the TSV itself
     return home / name
 
 
-def read_tsv(task, split, path, data):
-    """
-    Texts (a list of strings, or of pairs) and labels (int64, float32, or None in a test split) from a file's bytes.
-    Raises UserError, with file and line, for bytes that are not UTF-8, missing columns, unknown labels, lost rows.
+def fetch(source, folders, home):
+    """Return the path of a checked source, found in one of `folders` or downloaded to `home`."""
+    address, sha256 = source
+    name = Path(address).name
+    for folder in folders:
+        path = folder / name
+        if path.is_file():
+            check_sha256(path.read_bytes(), sha256, path, "remove it, and it is downloaded")
+            return path
+    download(source, home / name)
+    return home / name
+
+
+def check_sha256(data, sha256, origin, advice):
+    found = hashlib.sha256(data).hexdigest()
+    wrong = f"{len(data)} bytes, sha256 {found}, expected {sha256}"
+    require(found == sha256, f"{origin}: not the official file: {wrong}; {advice}")
+
+
+def download(source, path):
+    """Download a source, check it, and write it to `path`."""
+    address, sha256 = source
+    mirror = os.environ.get("GLUE_URL", "https://dl.fbaipublicfiles.com/")
+    url = f"{mirror.rstrip('/')}/{address}"
+    print(f"downloading {url}", file=sys.stderr)
+    advice = f"run again, or put {path.name} into {path.parent}, or set GLUE_URL to a mirror"
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response:
+            with tqdm.wrapattr(response, "read", total=response.length, disable=None) as stream:
+                data = b"".join(iter(lambda: stream.read(1 << 18), b""))  # block after block
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise UserError(f"{url}: {str(error) or type(error).__name__}; {advice}") from None
+    check_sha256(data, sha256, url, advice)
+    atomic_write(path, data)
+
+
+def unpack(archive, home, names):
+    """Write the members `names` of a zip below `home`, and nothing else.
+
+    A file that is already there stays as it is.
     """
     try:
-        lines = data.decode("utf-8-sig").split("\n")  # not splitlines(): U+2028 and its like are text
+        with zipfile.ZipFile(archive) as zipped:
+            for name in names:
+                write_new(home / name, zipped.read(name))
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise UserError(f"{archive}: not a usable zip: {error}; remove it to download it") from None
+
+
+def build_mrpc(train, test, dev_ids, home):
+    """Write MRPC's TSVs. The training rows whose pair of ids `dev_ids` lists become dev."""
+    dev_pairs = set(dev_ids.read_text().split("\n"))
+    header, *lines = train.read_bytes().decode("utf-8-sig").rstrip("\n").split("\n")
+    texts = {"train": [header], "dev": [header]}
+    for line in lines:
+        pair = "\t".join(line.split("\t")[1:3])  # the ids of its two sentences
+        texts["dev" if pair in dev_pairs else "train"].append(line)
+    for split, lines in texts.items():
+        write_new(home / f"MRPC/{split}.tsv", "\n".join(lines) + "\n")
+    write_new(home / "MRPC/test.tsv", test.read_bytes())
+
+
+def write_new(path, content):
+    if not path.exists():
+        atomic_write(path, content)
+
+
+# -------------------------------------------------------------------------------------------------
+# reading
+
+
+def read_tsv(task, split, path, data):
+    """Return the texts and the labels in the bytes `data` of the file `path`.
+
+    Texts are a list of strings, or of pairs of strings. Labels are int64 classes or float32
+    values. They are None in a test split. Raises UserError with the file and the line for bytes
+    that are not UTF-8, missing columns, unknown labels and lost rows.
+    """
+    labelled = not split.startswith("test")
+    # not splitlines(), because U+2028 and its like are text
+    lines = [line.removesuffix("\r") for line in decode(path, data).split("\n")]
+    first = 0 if labelled and task.header else 1
+    header = lines[0].split("\t") if first else task.header
+    wanted = (*task.columns, task.label) if labelled else task.columns
+    found = ", ".join(header)
+    for name in wanted:
+        require(name in header, f'{path}:1: no column "{name}"; the header line has {found}')
+    pick = itemgetter(*map(header.index, task.columns))  # from one column a string, from two a pair
+    texts = []
+    labels = []
+    for number, line in enumerate(lines[first:], first + 1):
+        fields = line.split("\t")
+        missing = header[len(fields) :]
+        if line == "" or (missing and task.drop_broken):
+            continue
+        # The official scripts let a row of too many fields pass, and so do we in official files.
+        whole = not missing and (len(fields) == len(header) or task.rows)
+        hint = f'"{missing[0]}" is missing' if missing else "a tab inside a text?"
+        counts = f"{len(fields)} columns, expected {len(header)}"
+        require(whole, f"{path}:{number}: {counts}: {hint}")
+        texts.append(pick(fields))
+        if labelled:
+            label = fields[header.index(task.label)]
+            labels.append(read_label(task, label, f"{path}:{number}"))
+    expected = task.rows.get(split, max(1, len(texts)))
+    counts = f"{len(texts)} rows, expected {expected}"
+    require(len(texts) == expected, f"{path}: {counts}: not whole, or not the official file")
+    kind = np.float32 if task.regression else np.int64
+    return texts, np.array(labels, kind) if labelled else None
+
+
+def decode(path, data):
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         number = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{number}: byte 0x{data[error.start]:02x} is not UTF-8; convert the file") from None
-    labelled = not split.startswith("test")
-    lines = [line.removesuffix("\r").split("\t") for line in lines]
-    header, first = (task.header, 0) if labelled and task.header else (lines[0], 1)
-    wanted = [*task.columns, task.label] if labelled else task.columns
-    for name in wanted:
-        if name not in header:
-            raise UserError(f'{path}:1: no column "{name}"; the header line has {", ".join(header)}')
-    where = [header.index(name) for name in wanted]
-    classes = {spelling: i for i, spelling in enumerate(task.spelling)}
-    expected = f"a number from {task.low} to {task.high}" if task.regression else " or ".join(task.spelling)
+        byte = f"byte 0x{data[error.start]:02x}"
+        raise UserError(f"{path}:{number}: {byte} is not UTF-8; convert the file") from None
 
-    texts, labels = [], []
-    for number, fields in enumerate(lines[first:], first + 1):
-        if fields == [""] or (len(fields) < len(header) and task.drop_broken):
-            continue
-        # a field too many: the official scripts let it pass in the official files, so do we; in yours it is a mistake
-        if len(fields) < len(header) or (len(fields) > len(header) and not task.rows):
-            hint = f'"{header[len(fields)]}" is missing' if len(fields) < len(header) else "a tab inside a text?"
-            raise UserError(f"{path}:{number}: {len(fields)} columns, expected {len(header)}: {hint}")
-        picked = [fields[i] for i in where]
-        if labelled:
-            value = picked.pop()
-            try:
-                labels.append(float(value) if task.regression else classes[value])
-                if task.regression and not task.low <= labels[-1] <= task.high:
-                    raise ValueError
-            except (KeyError, ValueError):
-                raise UserError(f'{path}:{number}: unknown {task.label} "{value}", expected {expected}') from None
-        texts.append(picked[0] if len(picked) == 1 else tuple(picked))
-    rows = task.rows.get(split, max(1, len(texts)))
-    if len(texts) != rows:
-        raise UserError(f"{path}: {len(texts)} rows, expected {rows}: the file is not whole, or not the official one")
-    return texts, np.array(labels, np.float32 if task.regression else np.int64) if labelled else None
+
+def read_label(task, text, place):
+    """Return the class, or the value of a regression, that `text` at `place` of a file means."""
+    try:
+        if not task.regression:
+            return task.spelling.index(text)
+        value = float(text)
+        if task.low <= value <= task.high:  # False for nan
+            return value
+    except ValueError:
+        pass  # not one of the classes, or not a number
+    expected = " or ".join(task.spelling)
+    if task.regression:
+        expected = f"a number from {task.low} to {task.high}"
+    raise UserError(f'{place}: unknown {task.label} "{text}", expected {expected}')
+
+
+# -------------------------------------------------------------------------------------------------
+# tokens
 
 
 def load_tokenizer(model_dir, vocab_size):
+    """Return the tokenizer of a checkpoint folder, which neither pads nor truncates.
+
+    It is read from tokenizer.json or, without this file, built from vocab.txt. Raises UserError if
+    neither file is there, or if an id is not below `vocab_size`, the rows of the embedding.
     """
-    The tokenizer of a checkpoint folder: its tokenizer.json, or BERT's built from its vocab.txt. No padding, no
-    truncation. Raises UserError without either file, or if it knows more tokens than the embedding has rows.
-    """
-    path = Path(model_dir) / "tokenizer.json"
-    path = path if path.is_file() else path.with_name("vocab.txt")
+    path = Path(model_dir, "tokenizer.json")
     if not path.is_file():
-        raise UserError(f"{model_dir}: neither tokenizer.json nor vocab.txt; copy it there from the model's origin")
+        path = Path(model_dir, "vocab.txt")
+    require(path.is_file(), f"{model_dir}: neither tokenizer.json nor vocab.txt; copy one there")
     try:
-        tokenizer = Tokenizer.from_file(str(path)) if path.suffix == ".json" else build_tokenizer(path)
-    except Exception as error:  # tokenizers raises bare Exceptions
+        if path.suffix == ".txt":
+            tokenizer = build_tokenizer(path)
+        else:
+            tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exceptions
         raise UserError(f"{path}: not a tokenizer of BERT's kind ({error})") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
     largest = max(tokenizer.get_vocab().values(), default=0)
-    if largest >= vocab_size:
-        raise UserError(f"{path}: ids up to {largest}, the embedding has {vocab_size} rows: not this model's tokenizer")
+    fits = largest < vocab_size
+    require(fits, f"{path}: ids up to {largest}, but the embedding has {vocab_size} rows")
     return tokenizer
 
 
 def build_tokenizer(path):
-    """BERT's tokenizer from vocab.txt (one token per line) and the switches in tokenizer_config.json, if any."""
-    with open(path, encoding="utf-8") as file:
-        vocab = {line.rstrip("\n"): i for i, line in enumerate(file)}
-    if missing := {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"} - vocab.keys():
-        raise ValueError(f"no {' '.join(sorted(missing))}")
+    """Return BERT's tokenizer from vocab.txt, which has one token per line.
+
+    Switches such as "do_lower_case" come from the tokenizer_config.json beside it, if there is one.
+    """
     config = path.with_name("tokenizer_config.json")
-    config = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    tokenizer = BertWordPieceTokenizer(
-        vocab, handle_chinese_chars=config.get("tokenize_chinese_chars", True),
-        strip_accents=config.get("strip_accents"), lowercase=config.get("do_lower_case", True))  # None: as lowercase
+    config = read_json(config) if config.is_file() else {}
+    tokenizer = BertWordPieceTokenizer.from_file(
+        str(path),
+        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+        strip_accents=config.get("strip_accents"),  # None: strip them if we lowercase
+        lowercase=config.get("do_lower_case", True),
+    )
+    missing = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"} - tokenizer.get_vocab().keys()
+    require(not missing, f"no {' '.join(sorted(missing))}")
     return Tokenizer.from_str(tokenizer.to_str())
 
 
 def word_ids(tokenizer, words):
-    """The vocabulary ids of label words. Raises UserError unless they are one known token each, all different."""
+    """Return the ids of label words. Raises UserError unless each is one token of its own."""
+    unknown = tokenizer.token_to_id("[UNK]")
     ids = []
     for word in words:
         encoding = tokenizer.encode(word, add_special_tokens=False)
-        if len(encoding.ids) != 1 or encoding.ids[0] in (*ids, tokenizer.token_to_id("[UNK]")):
-            raise UserError(f'label word "{word}": expected one token of the vocabulary, a different one for each; '
-                            f"it is {' '.join(encoding.tokens) or 'empty'}; choose another word")
-        ids += encoding.ids
+        new = [i for i in encoding.ids if i not in (unknown, *ids)]
+        expected = f"expected one token, which no other word has; it is {encoding.tokens}"
+        require(len(encoding.ids) == len(new) == 1, f'label word "{word}": {expected}')
+        ids += new
     return ids
 
 
 @dataclass
 class Dataset:
-    """A split: example i is ids[starts[i]:starts[i + 1]], with token type 1 from its position second[i] on."""
+    """The n examples of a split. The tokens of example i are ids[starts[i]:starts[i + 1]].
 
-    ids: np.ndarray  # (total,) int32
+    The token type is 0 at first. It is 1 from position second[i] of the example on.
+    """
+
+    ids: np.ndarray  # (total number of tokens,) int32
     starts: np.ndarray  # (n + 1,) int64
     second: np.ndarray  # (n,) int32
-    labels: np.ndarray | None  # (n,) int64 classes, float32 for regression, None in a test split
-    max_length: int
+    labels: np.ndarray | None = None  # (n,) int64 classes or float32 values; None in a test split
+    max_length: int = 512  # no example has more tokens
 
     def __len__(self):
         return len(self.second)
 
     @property
     def lengths(self):
+        """Return the number of tokens of each example, (n,)."""
         return np.diff(self.starts)
 
     def take(self, indices):
-        """The examples `indices`, in that order, as a Dataset."""
-        lengths = self.lengths[indices]
-        ids = [self.ids[self.starts[i] : self.starts[i + 1]] for i in indices]
-        labels = None if self.labels is None else self.labels[indices]
-        starts = np.append(0, lengths.cumsum())
-        return Dataset(np.concatenate(ids), starts, self.second[indices], labels, self.max_length)
+        """Return a Dataset of the labelled examples `indices`, in this order."""
+        rows = np.split(self.ids, self.starts[1:-1])
+        ids = np.concatenate([rows[i] for i in indices])
+        starts = np.append(0, self.lengths[indices].cumsum())
+        return Dataset(ids, starts, self.second[indices], self.labels[indices], self.max_length)
 
     def split(self, fraction, seed):
-        """(the rest, a random `fraction`): two Datasets, neither empty, drawn with `seed`."""
+        """Return two Datasets, the rest and a random `fraction`. Neither of them is empty."""
         order = np.random.default_rng(seed).permutation(len(self))
-        cut = min(max(1, round(fraction * len(self))), len(self) - 1)
-        return self.take(np.sort(order[cut:])), self.take(np.sort(order[:cut]))
-
-
-def encode(texts, tokenizer, max_length):
-    """ids, starts and second (see Dataset) of strings or pairs, the longer text of a pair truncated first."""
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy, to leave the caller's without truncation
-    tokenizer.enable_truncation(max_length, strategy="longest_first")
-    ids, lengths, ones = [], [], []
-    for start in range(0, len(texts), 8192):  # in chunks: an Encoding takes far more memory than its ids
-        encodings = tokenizer.encode_batch_fast(texts[start : start + 8192])
-        chunk = [encoding.ids for encoding in encodings]
-        ids.append(np.fromiter(chain.from_iterable(chunk), np.int32))
-        lengths += map(len, chunk)
-        ones += [sum(encoding.type_ids) for encoding in encodings] if isinstance(texts[0], tuple) else [0] * len(chunk)
-    lengths = np.array(lengths, np.int64)
-    return np.concatenate(ids), np.append(0, lengths.cumsum()), (lengths - ones).astype(np.int32)
+        cut = np.clip(round(fraction * len(self)), 1, len(self) - 1)
+        return [self.take(np.sort(part)) for part in (order[cut:], order[:cut])]
 
 
 def load_dataset(task, split, tokenizer, max_length, data_dir="data"):
-    """A split as a Dataset, from the cache if the same text was tokenised in the same way before."""
-    if max_length < 8:
-        raise UserError(f"--max-length {max_length}: expected at least 8, for [CLS], [SEP] and some text")
+    """Return a split as a Dataset, from the cache if the same text was tokenised before."""
+    require(max_length >= 8, f"--max-length {max_length}: expected at least 8")
+    data_dir = Path(data_dir)
     path = locate(task, split, data_dir)
     data = path.read_bytes()
-    reading = replace(task, name=split, words=(), metrics=(), files={}, rows=task.rows.get(split), sources=())
-    recipe = f"format 1, {max_length}, {reading}, {tokenizer.to_str()}"  # all that decides the arrays, with the text
-    key = hashlib.sha256(hashlib.sha256(data).digest() + recipe.encode())
-    folder = Path(data_dir) / "cache" if writable(Path(data_dir)) else cache_home() / "tokens"
-    cached = folder / f"{task.name}-{split}-{key.hexdigest()[:32]}.safetensors"
+    reading = replace(task, name=split, words=(), metrics=(), files={}, sources=())
+    reading.rows = task.rows.get(split)
+    recipe = f"format 1, {max_length}, {reading}, {tokenizer.to_str()}"  # all that decides the ids
+    key = hashlib.sha256(hashlib.sha256(data).digest() + recipe.encode()).hexdigest()[:32]
+    folder = data_dir / "cache" if writable(data_dir) else cache_home() / "tokens"
+    cached = folder / f"{task.name}-{split}-{key}.safetensors"
     try:
         arrays = safetensors.numpy.load_file(cached)
-        return Dataset(arrays["ids"], arrays["starts"], arrays["second"], arrays.get("labels"), max_length)
-    except (OSError, KeyError, SafetensorError):
-        pass  # not there, or damaged: tokenise
+        return Dataset(**arrays, max_length=max_length)
+    except (OSError, TypeError, SafetensorError):
+        pass  # the file is missing or damaged, or it lacks an array, so we tokenise
     texts, labels = read_tsv(task, split, path, data)
     ids, starts, second = encode(texts, tokenizer, max_length)
-    arrays = {"ids": ids, "starts": starts, "second": second} | ({} if labels is None else {"labels": labels})
+    arrays = {"ids": ids, "starts": starts, "second": second}
+    if labels is not None:
+        arrays["labels"] = labels
     try:
         atomic_write(cached, safetensors.numpy.save(arrays))
     except OSError as error:
         print(f"no token cache: {error}", file=sys.stderr)
-    return Dataset(ids, starts, second, labels, max_length)
+    return Dataset(**arrays, max_length=max_length)
+
+
+def encode(texts, tokenizer, max_length):
+    """Return ids, starts and second (see Dataset). Of a pair the longer text is cut first."""
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy, because we change its settings
+    tokenizer.enable_truncation(max_length, strategy="longest_first")
+    ids = []
+    second = []
+    for start in range(0, len(texts), 8192):  # in chunks, because an Encoding takes much memory
+        for encoding in tokenizer.encode_batch_fast(texts[start : start + 8192]):
+            ids.append(np.array(encoding.ids, np.int32))
+            second.append(len(ids[-1]) - sum(encoding.type_ids))
+    starts = np.append(0, np.cumsum([len(row) for row in ids]))
+    return np.concatenate(ids), starts, np.array(second, np.int32)
+
+
+# -------------------------------------------------------------------------------------------------
+# batches
 
 
 def token_sizes(lengths, max_tokens):
-    """Sizes of batches of examples sorted longest first: as many as fit in `max_tokens` with padding, at least one."""
-    widths, sizes, start = -(-np.sort(lengths)[::-1] // 8) * 8, [], 0
-    while start < len(widths):
-        sizes.append(min(max(1, int(max_tokens // widths[start])), len(widths) - start))
-        start += sizes[-1]
+    """Return the sizes of batches of examples that are sorted by length, the longest first.
+
+    A batch takes as many examples as fit in `max_tokens` with their padding, and at least one.
+    """
+    widths = (np.sort(lengths)[::-1] + 7) // 8 * 8  # padded lengths, as in `collate`
+    sizes = []
+    while len(widths):
+        size = max(1, int(max_tokens // widths[0]))
+        sizes.append(len(widths[:size]))  # the last batch may be smaller
+        widths = widths[size:]
     return sizes
 
 
 def batches(lengths, batch_size, seed, epoch, max_tokens=0):
-    """
-    The batches of one epoch of training, as index arrays: a pure function of its arguments. Every example comes once;
-    one batch may be short. Shuffle, sort by length inside pools of up to 50 batches, cut, shuffle the batches:
-    padding is rare, and who meets whom still changes from epoch to epoch. With `max_tokens`, batches of so many tokens,
-    padding included, in place of `batch_size` examples; their number is the same in every epoch.
+    """Return the batches of one epoch, as index arrays. Each example is in one batch.
+
+    The examples are shuffled, sorted by length inside pools of up to 50 batches, and cut. Then the
+    batches are shuffled. So padding is rare, and a batch has other examples in every epoch. One
+    batch may be short. With `max_tokens`, the batches have up to so many tokens, with padding, in
+    place of `batch_size` examples, and their number is the same in every epoch.
     """
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(lengths))
     if max_tokens:
         order = order[np.argsort(-lengths[order], kind="stable")]
-        cut = np.split(order, np.cumsum(token_sizes(lengths, max_tokens))[:-1])
-        return [cut[i] for i in rng.permutation(len(cut))]
-    pool = batch_size * max(1, min(50, len(lengths) // (4 * batch_size)))  # at least four pools in a small task
-    pools = [order[i : i + pool] for i in range(0, len(order), pool)]
-    order = np.concatenate([p[np.argsort(lengths[p], kind="stable")] for p in pools])
-    cut = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        ends = np.cumsum(token_sizes(lengths, max_tokens))
+        cut = np.split(order, ends[:-1])
+    else:
+        pool = batch_size * max(1, min(50, len(lengths) // (4 * batch_size)))  # at least four pools
+        pools = np.split(order, range(pool, len(order), pool))
+        pools = [pool[np.argsort(lengths[pool], kind="stable")] for pool in pools]
+        cut = np.split(np.concatenate(pools), range(batch_size, len(order), batch_size))
     return [cut[i] for i in rng.permutation(len(cut))]
 
 
-def collate(dataset, indices, pad_id=0):
+def share_of_batch(batch, rank, world, grad_accum):
+    """Return this rank's micro-batches of a batch, and by what to multiply their summed losses.
+
+    With that factor, the average that DistributedDataParallel takes over ranks is the mean over the
+    batch. Every rank must take part in a step. A rank for which a short batch has no example takes
+    one with the factor 0.
     """
-    The examples `indices` as tensors, padded to the longest of them rounded up to a multiple of 8: input_ids and
-    token_type_ids (B, T) int64, attention_mask (B, T) bool, and, where there are labels, labels (B,).
+    examples = batch[rank::world]
+    weight = world / len(batch)
+    if len(examples) == 0:
+        examples = batch[:1]
+        weight = 0.0
+    return np.array_split(examples, min(grad_accum, len(examples))), weight
+
+
+def collate(dataset, indices, pad_id=0):
+    """Return examples as tensors, padded to the longest of them and to a multiple of 8.
+
+    input_ids and token_type_ids are (B, T) int64, and attention_mask is (B, T) bool. If there are
+    labels, labels is (B,), int64 classes or float32 values.
     """
     starts = dataset.starts[indices]  # (B,)
-    lengths = dataset.starts[indices + 1] - starts
-    width = min(-(-int(lengths.max()) // 8) * 8, dataset.max_length)
-    position = np.arange(width)
-    mask = position < lengths[:, None]  # (B, T)
+    lengths = dataset.starts[indices + 1] - starts  # (B,)
+    width = min((int(lengths.max()) + 7) // 8 * 8, dataset.max_length)  # T
+    position = np.arange(width)  # (T,)
+    mask = position < lengths[:, None]  # (T,) < (B, 1) -> (B, T)
+    source = starts[:, None] + position  # (B, 1) + (T,) -> (B, T), where each token is in `ids`
     input_ids = np.full(mask.shape, pad_id, np.int64)
-    input_ids[mask] = dataset.ids[(starts[:, None] + position)[mask]]
+    input_ids[mask] = dataset.ids[source[mask]]
     token_type_ids = (mask & (position >= dataset.second[indices][:, None])).astype(np.int64)
     batch = {"input_ids": input_ids, "token_type_ids": token_type_ids, "attention_mask": mask}
     if dataset.labels is not None:
@@ -547,22 +721,31 @@ def collate(dataset, indices, pad_id=0):
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
+# -------------------------------------------------------------------------------------------------
+# command line
+
+
 def prepare(task, data_dir="data"):
-    """Fetch and check every split of a task; returns {split: (path, rows)}."""
-    paths = {split: locate(task, split, data_dir) for split in task.files}
-    return {split: (path, len(read_tsv(task, split, path, path.read_bytes())[0])) for split, path in paths.items()}
+    """Locate and read every split of a task; return {split: (path, number of rows)}."""
+    found = {}
+    for split in task.files:
+        path = locate(task, split, data_dir)
+        texts, _ = read_tsv(task, split, path, path.read_bytes())
+        found[split] = (path, len(texts))
+    return found
 
 
 @program
 def main(argv=None):
     parser = Parser("download, check and count the data of GLUE tasks")
-    parser.add_argument("--task", nargs="+", default=[], metavar="TASK", help=" ".join(TASKS))
-    parser.add_argument("--task-file", nargs="+", default=[], metavar="JSON", help="your own task, see read_task_file")
-    parser.add_argument("--data-dir", default="data", help="where the official zips or folders of TSVs are or go")
+    add = parser.add_argument
+    add("--task", nargs="+", default=[], metavar="TASK", help=" ".join(TASKS))
+    add("--task-file", nargs="+", default=[], metavar="JSON", help="your own task, see README")
+    add("--data-dir", default="data", help="where the official zips or folders of TSVs are or go")
     args = parser.parse_args(argv)
-    tasks = [get_task(name) for name in args.task] + [get_task(None, file) for file in args.task_file]
-    if not tasks:
-        raise UserError("nothing to do: give --task or --task-file")
+    tasks = [get_task(name) for name in args.task]
+    tasks += [get_task(None, path) for path in args.task_file]
+    require(tasks, "nothing to do: give --task or --task-file")
     for task in tasks:
         for split, (path, rows) in prepare(task, args.data_dir).items():
             print(f"{task.name:8} {split:8} {rows:8,} rows  {path}")

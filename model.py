@@ -1,33 +1,47 @@
-"""BERT (Devlin et al., NAACL 2019, arXiv 1810.04805) by hand: post-LN, erf GELU, absolute positions.
+"""BERT by hand (Devlin et al., NAACL 2019, arXiv 1810.04805), and the device it computes on.
 
-- Every parameter bears the name Hugging Face gives it, so that loading and saving need no map.
-- Two heads: the pooler with a classifier (plain fine-tuning), and the frozen label words of the MLM head (SMP).
-- Only position 0 is read by either head, so the last layer computes only that position: exact, and 10/12 of its
-  matrix products saved.
-- Checkpoints are safetensors in Hugging Face's layout, in and out. Nothing here knows of pruning.
+- Every parameter has the name that Hugging Face gives it. Loading and saving need no map of names.
+- There are two output heads: the pooler with a classifier (plain fine-tuning), and the label words
+  of the frozen MLM head (SMP).
+- Both output heads read position 0 alone. The last layer therefore computes only that position,
+  which is exact and saves 10/12 of its matrix products.
+- Checkpoints are safetensors in Hugging Face's layout, in and out.
 
-Axes: B examples, T tokens, C hidden size, H heads, D = C/H, F feed-forward size, V vocabulary, K outputs.
+Nothing here knows of pruning. What a pruner may ask of a model stands at the end of class `Bert`.
+
+Axes: B examples, T tokens, R positions that attend, C hidden size, H attention heads, D = C/H,
+F feed-forward size, V vocabulary, K outputs.
 """
 
-import hashlib
-import json
+import contextlib
+import os
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
-from data import UserError, atomic_write
+from data import DEMO, UserError, atomic_write, read_json, require, sha256_of, write_json
 
-DEMO = Path(__file__).parent / "demo"
+# The six matrices of a layer: the papers' letter for each, and its name in the layer.
+MATRICES = {
+    "Q": "attention.self.query",
+    "K": "attention.self.key",
+    "V": "attention.self.value",
+    "O": "attention.output.dense",
+    "U": "intermediate.dense",
+    "D": "output.dense",
+}
 
 
 @dataclass
 class BertConfig:
-    """The keys of Hugging Face's config.json that shape the network; the defaults are BERT-base's."""
+    """The keys of Hugging Face's config.json that shape the network, with BERT-base's values."""
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -42,8 +56,10 @@ class BertConfig:
     pad_token_id: int = 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the encoder; nn.ModuleDict where Hugging Face has a level of naming and the mathematics has none
+# -------------------------------------------------------------------------------------------------
+# the encoder
+#
+# An nn.ModuleDict stands where Hugging Face has a level of names and the mathematics has none.
 
 
 class Embeddings(nn.Module):
@@ -56,34 +72,42 @@ class Embeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids, token_type_ids):
-        hidden = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)  # (B, T, C)
-        return self.dropout(self.LayerNorm(hidden + self.position_embeddings.weight[: input_ids.size(1)]))
+        hidden = self.word_embeddings(input_ids)  # (B, T, C)
+        hidden = hidden + self.token_type_embeddings(token_type_ids)
+        hidden = hidden + self.position_embeddings.weight[: input_ids.size(1)]
+        return self.dropout(self.LayerNorm(hidden))
 
 
 class SelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
-        self.heads, self.scale = config.num_attention_heads, (config.hidden_size // config.num_attention_heads) ** -0.5
+        width = config.hidden_size
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.num_heads = config.num_attention_heads
+        self.scale = (width // self.num_heads) ** -0.5
         self.dropout = config.attention_probs_dropout_prob
 
+    def split_heads(self, x):
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
+
     def forward(self, hidden, readers, mask):
-        """Positions `readers` (B, R, C) attend to all of `hidden` (B, T, C) where `mask` (B, 1, 1, T) is True."""
-        projected = self.query(readers), self.key(hidden), self.value(hidden)
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in projected)  # (B, T, C) -> (B, H, T, D)
+        """Let `readers` (B, R, C) attend to `hidden` (B, T, C) where `mask` (B, 1, 1, T) is set."""
+        q = self.split_heads(self.query(readers))
+        k = self.split_heads(self.key(hidden))
+        v = self.split_heads(self.value(hidden))
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=self.scale)  # (B, H, R, D)
-        return mixed.transpose(1, 2).flatten(2)  # (B, R, C)
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=self.scale)
+        return mixed.transpose(1, 2).flatten(2)  # (B, H, R, D) -> (B, R, C)
 
 
 class Residual(nn.Module):
     """Post-LN: LayerNorm(residual + dropout(dense(x)))."""
 
-    def __init__(self, config, inputs):
+    def __init__(self, config, in_features):
         super().__init__()
-        self.dense = nn.Linear(inputs, config.hidden_size)
+        self.dense = nn.Linear(in_features, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -94,26 +118,37 @@ class Residual(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.attention = nn.ModuleDict({"self": SelfAttention(config), "output": Residual(config, config.hidden_size)})
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.intermediate_size)})
-        self.output = Residual(config, config.intermediate_size)
+        width = config.hidden_size
+        inner = config.intermediate_size
+        self.attention = nn.ModuleDict(
+            {"self": SelfAttention(config), "output": Residual(config, width)}
+        )
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, inner)})
+        self.output = Residual(config, inner)
 
     def forward(self, hidden, mask, first_only=False):
         readers = hidden[:, :1] if first_only else hidden  # (B, R, C)
-        readers = self.attention["output"](self.attention["self"](hidden, readers, mask), readers)
-        return self.output(F.gelu(self.intermediate["dense"](readers)), readers)  # (B, R, F) -> (B, R, C)
+        attended = self.attention["self"](hidden, readers, mask)
+        readers = self.attention["output"](attended, readers)
+        inner = F.gelu(self.intermediate["dense"](readers))  # (B, R, C) -> (B, R, F)
+        return self.output(inner, readers)  # (B, R, F) -> (B, R, C)
 
 
 class BertModel(nn.Module):
     def __init__(self, config, pooler):
         super().__init__()
+        layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.embeddings = Embeddings(config)
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))})
+        self.encoder = nn.ModuleDict({"layer": layers})
         if pooler:
-            self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
+            dense = nn.Linear(config.hidden_size, config.hidden_size)
+            self.pooler = nn.ModuleDict({"dense": dense})
 
     def forward(self, input_ids, attention_mask, token_type_ids, first_only=False):
-        """Hidden states (B, T, C) of the last layer, or of position 0 alone (B, 1, C); inputs are (B, T)."""
+        """Return the last hidden states (B, T, C), or those of position 0 alone (B, 1, C).
+
+        The three inputs are (B, T).
+        """
         hidden = self.embeddings(input_ids, token_type_ids)
         mask = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T), True where there is a token
         *body, last = self.encoder["layer"]
@@ -122,289 +157,428 @@ class BertModel(nn.Module):
         return last(hidden, mask, first_only)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# heads
+# -------------------------------------------------------------------------------------------------
+# output heads
 
 
 class MLMHead(nn.Module):
-    """Hugging Face's `cls.predictions`; its decoder is the word embedding matrix (tied)."""
+    """Hugging Face's `cls.predictions`. Its decoder is the word embedding matrix (tied)."""
 
     def __init__(self, config):
         super().__init__()
         dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.transform = nn.ModuleDict(
-            {"dense": dense, "LayerNorm": nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)}
-        )
+        norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.transform = nn.ModuleDict({"dense": dense, "LayerNorm": norm})
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden, embedding, ids=slice(None)):
-        """Logits (..., len(ids)) of the words `ids` at the positions in `hidden` (..., C)."""
+        """Return the logits (..., len(ids)) of the words `ids` for `hidden` (..., C)."""
         hidden = self.transform["LayerNorm"](F.gelu(self.transform["dense"](hidden)))
         return F.linear(hidden, embedding[ids], self.bias[ids])  # (..., C) x (C, K) -> (..., K)
 
 
 class Bert(nn.Module):
-    """The encoder with a head: `head="classifier"` (pooler and a new linear layer) or `head="words"` (SMP, sec. 3).
+    """The encoder with an output head. Inputs are (B, T), the result is logits (B, K) in float32.
 
-    forward: (B, T) inputs -> (B, K) logits, float32 whatever autocast does. The head "words" adds no weight: it reads
-    at position 0 the logits of the label words from the MLM head or, where there is none, h_[CLS] . e(word).
+    `output_head="classifier"`: the pooler and a new linear layer.
+    `output_head="words"` (SMP, section 3): no new weight. The logit of a class is that of its label
+    word at position 0 in the MLM head. Where a model has no MLM head, it is h_[CLS] . e(word).
     """
 
-    def __init__(self, config, head, outputs=0, words=(), pooler=True, mlm=True):
+    def __init__(self, config, output_head, outputs=0, words=(), pooler=True, mlm=True):
         super().__init__()
-        self.config, self.head, self.outputs = config, head, outputs or len(words)
-        self.bert = BertModel(config, pooler or head == "classifier")
+        self.config = config
+        self.output_head = output_head
+        self.outputs = len(words) or outputs
+        self.bert = BertModel(config, pooler or output_head == "classifier")
         if mlm:
             self.cls = nn.ModuleDict({"predictions": MLMHead(config)})
-        if head == "classifier":
+        if output_head == "classifier":
             self.dropout = nn.Dropout(config.hidden_dropout_prob)
             self.classifier = nn.Linear(config.hidden_size, outputs)
-        self.register_buffer("words", torch.tensor(words, dtype=torch.long), persistent=False)  # (K,)
+        words = torch.tensor(words, dtype=torch.long, device="cpu")  # (K,) ids of label words
+        self.register_buffer("words", words, persistent=False)
 
     def forward(self, input_ids, attention_mask, token_type_ids):
-        first = self.bert(input_ids, attention_mask, token_type_ids, first_only=True)[:, 0]  # (B, C)
-        if self.head == "classifier":
-            logits = self.classifier(self.dropout(torch.tanh(self.bert.pooler["dense"](first))))  # (B, K)
+        hidden = self.bert(input_ids, attention_mask, token_type_ids, first_only=True)  # (B, 1, C)
+        first = hidden[:, 0]  # (B, C)
+        embedding = self.bert.embeddings.word_embeddings.weight  # (V, C)
+        if self.output_head == "classifier":
+            pooled = torch.tanh(self.bert.pooler["dense"](first))
+            logits = self.classifier(self.dropout(pooled))  # (B, K)
         elif hasattr(self, "cls"):
-            logits = self.cls["predictions"](first, self.bert.embeddings.word_embeddings.weight, self.words)  # (B, K)
+            logits = self.cls["predictions"](first, embedding, self.words)  # (B, K)
         else:
-            logits = F.linear(first, self.bert.embeddings.word_embeddings.weight[self.words])  # (B, K)
+            logits = F.linear(first, embedding[self.words])  # (B, C) x (C, K) -> (B, K)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def mlm_logits(self, input_ids, attention_mask, token_type_ids):
-        """(B, T, V) logits of every word at every position: the pretraining task."""
+        """Return the logits (B, T, V) of every word at every position, as in pretraining."""
         hidden = self.bert(input_ids, attention_mask, token_type_ids)
         return self.cls["predictions"](hidden, self.bert.embeddings.word_embeddings.weight)
 
+    # What a pruner may ask of a model. Another architecture offers the same four.
+
+    matrices = MATRICES  # the six matrices of a layer: letter -> name
+
+    @property
+    def layers(self):
+        return self.bert.encoder["layer"]
+
+    @property
+    def embeddings(self):
+        return self.bert.embeddings
+
+    @property
+    def num_heads(self):
+        return self.config.num_attention_heads
+
 
 def task_loss(logits, labels, low, high):
-    """Loss of each example (B,), of K classes or of a score in [low, high].
+    """Return the loss of each example (B,) from logits (B, K) and labels (B,).
 
-    Classes (integer labels): cross-entropy. A score: squared error of one output or, of two outputs ("no", "yes"),
-    cross-entropy against the soft target p(yes) = (score - low) / (high - low) (Gao et al. 2021, sec. 3.2).
+    Classes (integer labels): cross-entropy.
+    A value from `low` to `high`, one output: squared error.
+    A value from `low` to `high`, two outputs ("no", "yes"): cross-entropy against the soft target
+    p(yes) = (value - low) / (high - low) (Gao et al. 2021, section 3.2).
     """
     if not labels.is_floating_point():
         return F.cross_entropy(logits, labels, reduction="none")
     if logits.size(1) == 1:
         return (logits[:, 0] - labels) ** 2
     yes = (labels - low) / (high - low)
-    return F.cross_entropy(logits, torch.stack([1 - yes, yes], dim=1), reduction="none")  # (B, 2) against (B, 2)
+    target = torch.stack([1 - yes, yes], dim=1)  # (B, 2)
+    return F.cross_entropy(logits, target, reduction="none")
 
 
-def to_score(logits, low, high):
-    """The score (B,) that one or two outputs (B, 1 or 2) of a regression task stand for; see `task_loss`."""
-    return logits[:, 0] if logits.size(1) == 1 else low + (high - low) * logits.softmax(dim=1)[:, 1]
+def to_value(logits, low, high):
+    """Return the value (B,) that one or two outputs of a regression stand for; see `task_loss`."""
+    if logits.size(1) == 1:
+        return logits[:, 0]
+    return low + (high - low) * logits.softmax(dim=1)[:, 1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# checkpoints
+# -------------------------------------------------------------------------------------------------
+# device and dtype
 
 
-def find_model(name):
-    """The folder of `name`: "demo", a folder, or a Hugging Face id, which is downloaded into the hub's cache."""
-    if name == "demo":
-        return DEMO
-    if Path(name).is_dir():
-        return Path(name)
-    import huggingface_hub as hub  # slow to import, and only needed here
+DEVICES = ("auto", "cpu", "cuda", "mps")
 
-    patterns = ["config.json", "*.safetensors", "model.safetensors.index.json", "vocab.txt", "tokenizer*.json"]
-    wanted = {"allow_patterns": patterns, "ignore_patterns": "*/*"}
+
+def pick_device(name):
+    """Return the torch.device for "auto", "cpu", "cuda" or "mps".
+
+    Raises UserError where this machine does not have it.
+    """
+    found = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = [kind for kind in found if found[kind]][0]
+    require(found[name], f"--device {name}: this machine, or this build of torch, has none")
+    return torch.device(name)
+
+
+def join_processes(device_name):
+    """Return (rank, world size, device) of this process, after it has joined the others."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(device_name)
+    if world > 1 and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def pick_dtype(device):
+    """Return "bf16" where the device multiplies in it, else "fp16" on GPUs and "fp32" elsewhere.
+
+    GPUs tell it themselves. A CPU multiplies in bf16 if it has AVX512-BF16 or AMX.
+    """
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    can = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not tell
+    able = can.get("avx512_bf16") or can.get("amx_bf16")
+    return "bf16" if device.type == "cpu" and able else "fp32"
+
+
+def peak_memory(device):
+    """Return the bytes that tensors took at most on CUDA, and the process elsewhere; 0: unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     try:
-        hub.model_info(name, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT)  # snapshot_download would wait without end
-        folder = Path(hub.snapshot_download(name, **wanted))
-    except Exception as error:  # the hub's many: no such id, no such network, gated, full disk
-        try:
-            folder = Path(hub.snapshot_download(name, **wanted, local_files_only=True))
-        except Exception:
-            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            raise UserError(
-                f"--model {name}: no such folder, and the Hugging Face hub did not give it ({reason}); give a folder "
-                "with config.json, model.safetensors and tokenizer.json, or `demo`"
-            ) from None
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(f"--model {name}: the hub has no model.safetensors for it; {CONVERT.format(name=name)}")
-    return folder
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def autocast(device, dtype):
+    """Return the autocast context for `dtype`, which is "fp32", "bf16" or "fp16"."""
+    if dtype == "fp32":
+        return contextlib.nullcontext()
+    half = torch.bfloat16 if dtype == "bf16" else torch.float16
+    return torch.autocast(device.type, half)
+
+
+def send(tensor, device):
+    """Return the tensor on the device.
+
+    A copy to CUDA starts from pinned memory and waits for nothing. No step reads anything back, so
+    the next batch is made and sent while the device computes.
+    """
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def inputs(batch, device):
+    """Return the three inputs of the model, (B, T) each, on the device."""
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    return {name: send(batch[name], device) for name in names}
+
+
+# -------------------------------------------------------------------------------------------------
+# checkpoints: finding them
 
 
 CONVERT = (
-    "pickled .bin checkpoints are refused, since unpickling runs code; convert once, where transformers is installed: "
-    'python -c "from transformers import AutoModelForMaskedLM as M; '
+    "pickled .bin checkpoints are refused, because unpickling runs code; convert once, where "
+    'transformers is installed: python -c "from transformers import AutoModelForMaskedLM as M; '
     "M.from_pretrained('{name}').save_pretrained('converted')\""
 )
 
 
-def read_json(path):
-    """The object in a JSON file; UserError where it is missing or not one."""
+def find_model(name):
+    """Return the folder of "demo", of a folder, or of a Hugging Face id, which is downloaded.
+
+    Raises UserError where there is no such model, or no safetensors file in it.
+    """
+    if name == "demo":
+        return DEMO
+    if Path(name).is_dir():
+        return Path(name)
+    folder = from_hub(name)
+    found = list(folder.glob("*.safetensors"))
+    require(found, f"--model {name}: the hub has no model.safetensors; {CONVERT.format(name=name)}")
+    return folder
+
+
+def from_hub(name):
+    """Return the folder of a Hugging Face id in the hub's cache; download what is not there."""
+    import huggingface_hub as hub  # it is slow to import, and only needed here
+
+    wanted = ["config.json", "*.safetensors", "*.index.json", "vocab.txt", "tokenizer*.json"]
+    options = {"allow_patterns": wanted, "ignore_patterns": "*/*"}
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return value
-
-
-def read_config(folder):
-    """BertConfig from folder/config.json; UserError where it is not a BERT this file can build."""
-    path = Path(folder) / "config.json"
-    raw = read_json(path)
-    wanted = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
-    for key, value in wanted.items():
-        if raw.get(key, value) != value:
-            raise UserError(f"{path}: {key} is {raw[key]!r}; only {value!r} is supported")
-    given = {}
-    for field in fields(BertConfig):
-        value = given[field.name] = raw.get(field.name, field.default)
-        whole, most = field.type is int, 1 if field.name.endswith("prob") else 10**9
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not 0 <= value <= most:
-            kind = "whole number" if whole else "number"
-            raise UserError(f"{path}: {field.name} is {value!r}; expected a {kind} from 0 to {most:,}")
-    config = BertConfig(**given)
-    if config.hidden_size < 1 or config.num_hidden_layers < 1 or config.num_attention_heads < 1:
-        raise UserError(f"{path}: hidden_size, num_hidden_layers and num_attention_heads must be at least 1")
-    if config.hidden_size % config.num_attention_heads:
+        # without this question, snapshot_download would wait without end for a dead server
+        hub.model_info(name, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT)
+        return Path(hub.snapshot_download(name, **options))
+    except Exception as error:  # the hub has many: no such id, no network, gated, full disk
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    try:
+        return Path(hub.snapshot_download(name, **options, local_files_only=True))
+    except Exception:
         raise UserError(
-            f"{path}: hidden_size {config.hidden_size} is no multiple of {config.num_attention_heads} attention heads"
-        )
-    return config
-
-
-def read_safetensors(path):
-    """({name: tensor}, metadata) of one safetensors file; UserError where it is missing or damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from None
+            f"--model {name}: no such folder, and the Hugging Face hub did not give it ({reason}); "
+            "give a folder with config.json, model.safetensors and tokenizer.json, or `demo`"
+        ) from None
 
 
 def model_files(folder):
-    """The safetensors files of a checkpoint, sharded or not; UserError where there are none."""
+    """Return the safetensors files of a checkpoint, sharded or not; UserError if there are none."""
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
-    if index.exists():
-        shards = read_json(index).get("weight_map")
-        shards = list(shards.values()) if isinstance(shards, dict) else []
-        if not shards or any(not isinstance(shard, str) or Path(shard).name != shard for shard in shards):
-            raise UserError(f"{index}: weight_map must name files of this folder")
-        return [folder / shard for shard in sorted(set(shards))]
-    if list(folder.glob("*.bin")):
-        raise UserError(f"{folder}: no model.safetensors; {CONVERT.format(name=folder)}")
-    raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+    if not index.exists():
+        advice = (
+            CONVERT.format(name=folder) if list(folder.glob("*.bin")) else "it is no checkpoint"
+        )
+        raise UserError(f"{folder}: no model.safetensors and no {index.name}; {advice}")
+    shards = read_json(index).get("weight_map")
+    shards = list(shards.values()) if isinstance(shards, dict) else []
+    plain = [isinstance(shard, str) and Path(shard).name == shard for shard in shards]
+    require(shards and all(plain), f"{index}: weight_map must name files of this folder")
+    return [folder / shard for shard in sorted(set(shards))]
 
 
 def model_sha256(folder):
-    """Hex digest over the weights of a checkpoint, shard after shard: which public weights a mask belongs to."""
-    digest = hashlib.sha256()
-    for path in model_files(folder):
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
+    """Return the hex digest of a checkpoint's weights, which tells to which a mask belongs."""
+    return sha256_of(*model_files(folder))
+
+
+# -------------------------------------------------------------------------------------------------
+# checkpoints: reading them
+
+
+SUPPORTED = {
+    "model_type": "bert",
+    "hidden_act": "gelu",
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+}
+
+
+def read_config(folder):
+    """Return BertConfig from folder/config.json; UserError if it is no BERT this file can build."""
+    path = Path(folder) / "config.json"
+    raw = read_json(path)
+    for key, value in SUPPORTED.items():
+        found = raw.get(key, value)
+        require(found == value, f"{path}: {key} is {found!r}; only {value!r} is supported")
+    values = {}
+    for field in fields(BertConfig):
+        value = raw.get(field.name, field.default)
+        most = 1 if field.name.endswith("prob") else 10**9
+        valid = type(value) in (int, field.type) and 0 <= value <= most
+        expected = f"expected {field.type.__name__} from 0 to {most:,}"
+        require(valid, f"{path}: {field.name} is {value!r}; {expected}")
+        values[field.name] = value
+    config = BertConfig(**values)
+    sizes = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads)
+    require(min(sizes) > 0, f"{path}: hidden_size, num_hidden_layers, num_attention_heads are > 0")
+    whole = config.hidden_size % config.num_attention_heads == 0
+    heads = f"{config.num_attention_heads} attention heads"
+    require(whole, f"{path}: hidden_size {config.hidden_size} is not a multiple of {heads}")
+    return config
+
+
+def read_safetensors(path):
+    """Return ({name: tensor}, metadata) of a safetensors file; UserError if missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            return tensors, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
 
 
 def read_checkpoint(folder):
-    """Every tensor of a checkpoint as float32, under Hugging Face's present names with the `bert.` prefix."""
-    raw, tensors = {}, {}
+    """Return {name: tensor} of a checkpoint in float32, under Hugging Face's names of today."""
+    tensors = {}
     for path in model_files(folder):
-        raw.update(read_safetensors(path)[0])
-    for name, tensor in raw.items():
-        if name.endswith("position_ids"):  # a buffer that old versions saved
-            continue
-        if name.endswith((".gamma", ".beta")):  # LayerNorm in checkpoints converted from TensorFlow
-            name = name.replace(".gamma", ".weight").replace(".beta", ".bias")
-        if name.split(".")[0] in ("embeddings", "encoder", "pooler"):  # saved from a bare BertModel
-            name = "bert." + name
-        tensors[name] = tensor.float()
+        for name, tensor in read_safetensors(path)[0].items():
+            if name.endswith("position_ids"):  # a buffer that old versions saved
+                continue
+            if name.endswith((".gamma", ".beta")):  # LayerNorm in checkpoints from TensorFlow
+                name = name.replace(".gamma", ".weight").replace(".beta", ".bias")
+            if name.startswith(("embeddings.", "encoder.", "pooler.")):  # from a bare BertModel
+                name = "bert." + name
+            tensors[name] = tensor.float()
     decoder = tensors.pop("cls.predictions.decoder.weight", None)
     embedding = tensors.get("bert.embeddings.word_embeddings.weight")
-    if decoder is not None and embedding is not None and not torch.equal(decoder, embedding):
-        raise UserError(
-            f"{folder}: cls.predictions.decoder.weight {tuple(decoder.shape)} differs from "
-            f"bert.embeddings.word_embeddings.weight {tuple(embedding.shape)}; only a tied decoder is supported"
-        )
-    bias = tensors.pop("cls.predictions.decoder.bias", None)  # the same tensor as cls.predictions.bias
+    if decoder is not None and embedding is not None:
+        message = "cls.predictions.decoder.weight differs from the word embeddings, it is not tied"
+        require(torch.equal(decoder, embedding), f"{folder}: {message}")
+    bias = tensors.pop("cls.predictions.decoder.bias", None)  # the same as cls.predictions.bias
     if bias is not None:
         tensors.setdefault("cls.predictions.bias", bias)
     return tensors
 
 
-# What a checkpoint may hold beyond the model that is built from it ...
+# What a checkpoint may hold that the model does not have ...
 MAY_BE_EXTRA = ("bert.pooler.", "cls.predictions.", "cls.seq_relationship.", "classifier.")
-# ... and what it may lack when a new head is put on it.
+# ... and what it may lack when the model gets a new output head.
 MAY_BE_ABSENT = ("bert.pooler.", "classifier.")
 
 
-def load_model(folder, head, outputs=0, words=(), seed=0, dropout=None, new_head=True):
-    """A `Bert` in float32 with the weights in `folder`; a new head is drawn from N(0, 0.02) with `seed`.
+def load_model(folder, output_head, outputs=0, words=(), seed=0, dropout=None, new_head=True):
+    """Return a `Bert` in float32 with the weights in `folder`.
 
-    `new_head=False` (a finished run): nothing may be absent. UserError names every tensor that is missing, left over or
+    A new output head is drawn from N(0, 0.02) with `seed`. With `new_head=False` (a finished run)
+    nothing may be absent. Raises UserError that names the tensors which are missing, left over or
     of another shape.
     """
-    folder = Path(folder)
     config = read_config(folder)
     if dropout is not None:
-        config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+        config.hidden_dropout_prob = dropout
+        config.attention_probs_dropout_prob = dropout
     tensors = read_checkpoint(folder)
-    mlm = head == "words" and any(name.startswith("cls.predictions.") for name in tensors)
-    pooler = not mlm and any(name.startswith("bert.pooler.") for name in tensors)  # BertForMaskedLM has none
-    with torch.device("meta"):  # shapes only: nothing is drawn that the file then overwrites
-        model = Bert(config, head, outputs, words, pooler, mlm)
-    model.words = torch.tensor(words, dtype=torch.long)  # the one buffer that is in no file
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-
-    absent = [n for n in wanted if n not in tensors and not (new_head and n.startswith(MAY_BE_ABSENT))]
-    extra = [n for n in tensors if n not in wanted and not n.startswith(MAY_BE_EXTRA)]
-    shapes = [
-        f"{n} is {tuple(tensors[n].shape)}, expected {tuple(wanted[n])}"
-        for n in wanted
-        if n in tensors and tensors[n].shape != wanted[n]
-    ]
-    problems = [f"missing {', '.join(absent[:8])}"] * bool(absent) + [f"unknown {', '.join(extra[:8])}"] * bool(extra)
-    if problems or shapes:
-        raise UserError(f"{folder}: the tensors do not fit config.json: " + "; ".join(problems + shapes[:8]))
+    mlm = output_head == "words" and holds(tensors, "cls.predictions.")
+    pooler = not mlm and holds(tensors, "bert.pooler.")  # BertForMaskedLM has none
+    with torch.device("meta"):  # only shapes: the values come from the file
+        model = Bert(config, output_head, outputs, words, pooler, mlm)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    check_tensors(folder, tensors, shapes, MAY_BE_ABSENT if new_head else ())
 
     generator = torch.Generator().manual_seed(seed)
-    for name, shape in wanted.items():
+    for name, shape in shapes.items():
         if name not in tensors:
-            drawn = torch.zeros(shape)
-            tensors[name] = drawn if name.endswith("bias") else drawn.normal_(0.0, 0.02, generator=generator)
-    model.load_state_dict({name: tensors[name] for name in wanted}, assign=True)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    return model
+            tensors[name] = torch.zeros(shape)
+            if not name.endswith("bias"):
+                tensors[name].normal_(0.0, 0.02, generator=generator)
+    model.load_state_dict({name: tensors[name] for name in shapes}, assign=True)
+    return model.requires_grad_(True)
 
 
-ARCHITECTURES = {("classifier", False): "BertForSequenceClassification", ("words", True): "BertForMaskedLM"}
+def holds(tensors, prefix):
+    """Does one of the names in `tensors` begin with `prefix`?"""
+    return any(name.startswith(prefix) for name in tensors)
+
+
+def check_tensors(folder, tensors, shapes, may_be_absent):
+    """Raise UserError unless `tensors` fit the model's `shapes` {name: shape}."""
+    absent = [n for n in shapes if n not in tensors and not n.startswith(may_be_absent)]
+    extra = [n for n in tensors if n not in shapes and not n.startswith(MAY_BE_EXTRA)]
+    problems = []
+    if absent:
+        problems.append(f"missing {', '.join(absent[:8])}")
+    if extra:
+        problems.append(f"unknown {', '.join(extra[:8])}")
+    for name, shape in shapes.items():
+        if name in tensors and tensors[name].shape != shape:
+            problems.append(f"{name} is {tuple(tensors[name].shape)}, expected {tuple(shape)}")
+    require(not problems, f"{folder}: tensors do not fit config.json: {'; '.join(problems[:8])}")
+
+
+# -------------------------------------------------------------------------------------------------
+# checkpoints: writing them
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "special_tokens_map.json",
+)
 
 
 def save_model(folder, model, state, source, labels, kind=None):
-    """Write `state` (Hugging Face's names) as a folder that `transformers` loads, each file replaced atomically.
+    """Write a folder that transformers loads. Each file is replaced atomically.
 
-    `source` is the folder the model came from: its tokenizer files go along. `labels`: the class names, in order.
-    `kind`: the class of `transformers`, if not the one that fits the head.
+    `state`: {name: tensor} under Hugging Face's names. `source`: the folder the model came from,
+    whose tokenizer files go along. `labels`: the names of the classes, in order. `kind`: the class
+    of transformers, if it is not the one that fits the output head.
     """
-    folder, source = Path(folder), Path(source)
-    folder.mkdir(parents=True, exist_ok=True)
-    kind = kind or ARCHITECTURES.get((model.head, hasattr(model, "cls")), "BertModel")
-    config = {"architectures": [kind], "model_type": "bert", "hidden_act": "gelu", **vars(model.config)}
-    config["position_embedding_type"] = "absolute"
+    folder = Path(folder)
+    if kind is None:
+        kind = "BertForMaskedLM" if hasattr(model, "cls") else "BertModel"
+        if model.output_head == "classifier":
+            kind = "BertForSequenceClassification"
+    config = {
+        "architectures": [kind],
+        "model_type": "bert",
+        "hidden_act": "gelu",
+        **vars(model.config),
+        "position_embedding_type": "absolute",
+    }
     if labels:
         config["id2label"] = dict(enumerate(labels))
         config["label2id"] = {label: i for i, label in enumerate(labels)}
-    elif model.head == "classifier":
-        config |= {"id2label": {0: "score"}, "label2id": {"score": 0}, "problem_type": "regression"}
+    elif model.output_head == "classifier":
+        config["id2label"] = {0: "score"}
+        config["label2id"] = {"score": 0}
+        config["problem_type"] = "regression"
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     atomic_write(folder / "model.safetensors", to_safetensors(state, metadata={"format": "pt"}))
-    atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    for path in source.glob("*"):
-        if path.name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
-            if path.resolve().parent != folder.resolve():
-                atomic_write(folder / path.name, path.read_bytes())
+    write_json(folder / "config.json", config)
+    if Path(source).resolve() != folder.resolve():
+        for name in TOKENIZER_FILES:
+            path = Path(source) / name
+            if path.exists():
+                atomic_write(folder / name, path.read_bytes())

@@ -1,17 +1,19 @@
-"""Make everything in this folder: a language, a small BERT pretrained on text in it, and a task in GLUE's format.
+"""Make all files of this folder: a task in GLUE's format, and a BERT pretrained on its language.
 
-    python demo/make_demo.py             # 5 minutes on one core
-    python demo/make_demo.py --check     # only measure what is there
+    python demo/make_demo.py             # takes 5 minutes on one core
+    python demo/make_demo.py --check     # makes nothing, only measures the files that are there
 
-It ends by printing the size of the folder, the share of the commoner label in dev, the accuracy of a bag of words (one
-count per word; one per word and sentence), and that of the pretrained model before any training on the task.
+At the end it prints the size of the folder and four figures on dev: the share of the commoner
+label, the accuracy of a bag of words (with one count per word, and with one per word and
+sentence), and the accuracy of the pretrained model before any training on the task.
 
-Tanu, the language, has two classes of nouns, sun (ending in -a) and moon (-u), and five rules:
+The language, Tanu, is made up. It has two classes of nouns: sun nouns end in -a, moon nouns in -u.
+It has five rules:
 
-    dina ta kobi vilu           dina kobis vilu; ta agrees with the subject, dina, a sun noun
-    vilu nu kobi re dina        the same: re makes the verb passive, nu agrees with vilu, a moon noun
+    dina ta kobi vilu           dina kobis vilu; ta agrees with the subject dina, a sun noun
+    vilu nu kobi re dina        the same, but passive (re); nu agrees with vilu, a moon noun
     dina ta mo kobi vilu        dina does not kobi vilu
-    nele dina ta kobi vilu      it happens nele: an adverb of time
+    nele dina ta kobi vilu      nele, an adverb, says when
     ... e ...                   and
 """
 
@@ -36,15 +38,24 @@ SEED = 1
 TRAIN, DEV = 5000, 1000
 STEPS, BATCH, LR = 3000, 48, 2e-3
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-AGREEMENT, PASSIVE, NOT, AND = {"a": "ta", "u": "nu"}, "re", "mo", "e"
+AGREEMENT = {"a": "ta", "u": "nu"}  # by the last letter of the subject
+PASSIVE = "re"
+NOT = "mo"
+AND = "e"
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the language
 
 
 def coin_words(ending, count, rng):
-    """`count` different words of two syllables with this last vowel."""
-    words = [c + v + d + ending for c in "bdgklmnrsv" for v in "aeiou" for d in "bdgklmnrsv" if c != d]
+    """`count` different words of two syllables that end in the vowel `ending`."""
+    consonants = "bdgklmnrsv"
+    words = []
+    for first in consonants:
+        for vowel in "aeiou":
+            for second in consonants:
+                if first != second:
+                    words.append(first + vowel + second + ending)
     return rng.sample(words, count)
 
 
@@ -53,126 +64,183 @@ NOUNS = coin_words("a", 16, LEXICON) + coin_words("u", 16, LEXICON)
 VERBS = coin_words("i", 16, LEXICON)
 ADVERBS = coin_words("e", 6, LEXICON)
 VOCABULARY = SPECIAL + [*AGREEMENT.values(), PASSIVE, NOT, AND] + ADVERBS + NOUNS + VERBS
-LABELS, LABEL_WORDS = ["no", "yes"], ADVERBS[:2]  # two ordinary words, as "no" and "yes" are to a BERT
+LABELS = ["no", "yes"]
+LABEL_WORDS = ADVERBS[:2]  # ordinary words of the language, as "no" and "yes" are in English
 
 
 class Fact(NamedTuple):
+    """What a clause says: the agent does (or does not do) the verb to the patient."""
+
     agent: str
     patient: str
     verb: str
     negated: bool
     when: str  # an adverb or ""
-    passive: bool  # only a manner of speaking
+    passive: bool  # how the clause is put; the fact is the same
 
 
 def any_fact(rng, passive):
+    """A random fact, which is in the passive with the probability `passive`."""
     agent, patient = rng.sample(NOUNS, 2)
     when = rng.choice(ADVERBS) if rng.random() < 1 / 3 else ""
-    return Fact(agent, patient, rng.choice(VERBS), rng.random() < 0.5, when, rng.random() < passive)
+    verb = rng.choice(VERBS)
+    negated = rng.random() < 0.5
+    return Fact(agent, patient, verb, negated, when, rng.random() < passive)
 
 
 def say(fact):
-    """One clause, in the active or the passive."""
-    subject, other = (fact.patient, fact.agent) if fact.passive else (fact.agent, fact.patient)
-    words = [fact.when, subject, AGREEMENT[subject[-1]], NOT * fact.negated, fact.verb, PASSIVE * fact.passive, other]
-    return " ".join(word for word in words if word)
+    """The clause that states one fact, in the active or the passive."""
+    if fact.passive:
+        subject, other = fact.patient, fact.agent
+    else:
+        subject, other = fact.agent, fact.patient
+    words = [fact.when] if fact.when else []
+    words += [subject, AGREEMENT[subject[-1]]]
+    if fact.negated:
+        words.append(NOT)
+    words.append(fact.verb)
+    if fact.passive:
+        words.append(PASSIVE)
+    words.append(other)
+    return " ".join(words)
 
 
 def two_facts(rng, passive=0.25):
-    """Two facts with no word in common, and how they are told."""
+    """Two facts with no noun or verb in common, and the sentence that states both."""
     while True:
-        first, second = any_fact(rng, passive), any_fact(rng, passive)
-        rng.random()  # of a rule that was given up; without this draw the seed would give other files
-        if len({*first[:2], *second[:2]}) == 4 and first.verb != second.verb:
+        first = any_fact(rng, passive)
+        second = any_fact(rng, passive)
+        rng.random()  # not used, but without this draw the same seed would give other files
+        nouns = {first.agent, first.patient, second.agent, second.patient}
+        if len(nouns) == 4 and first.verb != second.verb:
             return first, second, f"{say(first)} {AND} {say(second)}"
 
 
 def discourse(rng):
-    """Two texts: one or two facts, and all or one of them said again, freely. This is all that pretraining sees."""
+    """Two texts: the first states one or two facts, the second states one or all of them again.
+
+    In the second text each fact is put in the active or passive anew. The model is pretrained on
+    such pairs only.
+    """
     if rng.random() < 0.25:
-        facts = [any_fact(rng, 0.25)]
-        told = say(*facts)
+        fact = any_fact(rng, 0.25)
+        facts = [fact]
+        told = say(fact)
     else:
-        *facts, told = two_facts(rng)
-    again = [fact._replace(passive=rng.random() < 0.25) for fact in rng.sample(facts, rng.choice([1, len(facts)]))]
-    return told, f" {AND} ".join(map(say, again))
+        first, second, told = two_facts(rng)
+        facts = [first, second]
+    count = rng.choice([1, len(facts)])
+    again = []
+    for fact in rng.sample(facts, count):
+        again.append(say(fact._replace(passive=rng.random() < 0.25)))
+    return told, f" {AND} ".join(again)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the task
 
 
 def any_pair(rng):
-    """(sentence1, sentence2, label): does the second follow from the first?
+    """A row of the task, (sentence1, sentence2, label): does the second follow from the first?
 
-    The first states two facts with no word in common, one of them negated, one in the passive; the second one is about
-    either of them. If it does not follow, the roles are exchanged, the negation is wrong, or one participant belongs
-    to the other fact. Every choice is fair and made apart from the label, so that no count of words betrays it.
+    The first sentence states two facts with no noun or verb in common. One of the two is negated,
+    and one is in the passive. The second sentence is about one of these facts. Where it does not
+    follow, its agent and patient are exchanged, or its negation is wrong, or one of its nouns
+    belongs to the other fact. All these choices are fair and do not depend on the label, so that
+    no count of words tells the label.
     """
     while True:
         first, second, told = two_facts(rng, 0.5)
         if first.negated != second.negated and first.passive != second.passive:
             break
-    label, (claim, other) = rng.randrange(2), rng.sample([first, second], 2)
-    if not label:
-        stranger = rng.choice([noun for noun in other[:2] if noun not in claim[:2]])
-        claim = rng.choice(
-            [
-                claim._replace(agent=claim.patient, patient=claim.agent),
-                claim._replace(negated=not claim.negated),
-                claim._replace(**{rng.choice(["agent", "patient"]): stranger}),
-            ]
-        )
-    return told, say(claim._replace(passive=rng.random() < 0.5)), LABELS[label]
+    label = rng.randrange(2)
+    claim, other = rng.sample([first, second], 2)
+    if LABELS[label] == "no":
+        stranger = rng.choice([other.agent, other.patient])
+        role = rng.choice(["agent", "patient"])
+        wrong = [
+            claim._replace(agent=claim.patient, patient=claim.agent),
+            claim._replace(negated=not claim.negated),
+            claim._replace(**{role: stranger}),
+        ]
+        claim = rng.choice(wrong)
+    claim = claim._replace(passive=rng.random() < 0.5)
+    return told, say(claim), LABELS[label]
 
 
 def write_task(rng):
-    rows = list(dict.fromkeys(any_pair(rng) for _ in range(2 * (TRAIN + DEV))))  # all different
-    for name, part in {"train.tsv": rows[:TRAIN], "dev.tsv": rows[TRAIN : TRAIN + DEV]}.items():
-        lines = ["\t".join(row) for row in [("sentence1", "sentence2", "label"), *part]]
+    """Write train.tsv and dev.tsv, whose rows are all different, and task.json."""
+    rows = [any_pair(rng) for _ in range(2 * (TRAIN + DEV))]
+    rows = list(dict.fromkeys(rows))  # without repetitions
+    parts = {"train.tsv": rows[:TRAIN], "dev.tsv": rows[TRAIN : TRAIN + DEV]}
+    for name, part in parts.items():
+        lines = ["sentence1\tsentence2\tlabel"]
+        lines += ["\t".join(row) for row in part]
         (HERE / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    task = {"name": "demo", "train": "train.tsv", "dev": "dev.tsv", "columns": ["sentence1", "sentence2"]}
-    task |= {"label": "label", "labels": LABELS, "words": LABEL_WORDS, "metric": "accuracy"}
+    task = {
+        "name": "demo",
+        "train": "train.tsv",
+        "dev": "dev.tsv",
+        "columns": ["sentence1", "sentence2"],
+        "label": "label",
+        "labels": LABELS,
+        "words": LABEL_WORDS,
+        "metric": "accuracy",
+    }
     (HERE / "task.json").write_text(json.dumps(task, indent=2) + "\n", encoding="utf-8")
 
 
 def read_rows(name):
+    """The rows (sentence1, sentence2, label) of train.tsv or dev.tsv."""
     lines = (HERE / name).read_text(encoding="utf-8").splitlines()
     return [tuple(line.split("\t")) for line in lines[1:]]
 
 
 def bag_of_words(train, dev, per_sentence):
-    """Dev accuracy of a logistic regression on word counts, those of the two sentences added up or kept apart."""
+    """Dev accuracy of a logistic regression on word counts.
+
+    The counts of the two sentences are kept apart with `per_sentence`, else they are added up.
+    """
     column = {word: i for i, word in enumerate(VOCABULARY)}
 
     def counts(rows):
-        x = [[0.0] * (2 * len(column)) for _ in rows]
-        for row, count in zip(rows, x, strict=True):
-            for sentence in range(2):
-                for word in row[sentence].split():
-                    count[sentence * per_sentence * len(column) + column[word]] += 1
-        return torch.tensor(x), torch.tensor([float(row[2] == LABELS[1]) for row in rows])
+        """Counts (N, 2 * words) and labels (N,), 1.0 for yes."""
+        x = []
+        for sentence1, sentence2, _ in rows:
+            count = [0.0] * (2 * len(column))
+            for word in sentence1.split():
+                count[column[word]] += 1
+            second = len(column) if per_sentence else 0  # where the second sentence's counts begin
+            for word in sentence2.split():
+                count[second + column[word]] += 1
+            x.append(count)
+        y = [float(label == "yes") for _, _, label in rows]
+        return torch.tensor(x), torch.tensor(y)
 
     x, y = counts(train)
-    weight, bias = (torch.zeros(size, requires_grad=True) for size in (x.size(1), 1))
+    weight = torch.zeros(x.size(1), requires_grad=True)
+    bias = torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(x @ weight + bias, y) + 1e-4 * weight.square().sum()
+        loss = F.binary_cross_entropy_with_logits(x @ weight + bias, y)
+        loss = loss + 1e-4 * weight.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
     x, y = counts(dev)
-    return ((x @ weight + bias > 0) == y).float().mean().item()
+    guesses = x @ weight + bias > 0
+    return (guesses == y).float().mean().item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the model
 
 
 def write_tokenizer():
+    """Write tokenizer.json: BERT's tokenizer, in which each word of the language is one token."""
     vocabulary = {word: i for i, word in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
@@ -187,19 +255,25 @@ def write_tokenizer():
 
 
 def batch_of(pairs, tokenizer):
-    """input_ids, attention_mask, token_type_ids (B, T) of pairs of strings."""
+    """The input_ids, attention_mask and token_type_ids, each (B, T), of pairs of strings."""
     encoded = tokenizer.encode_batch(pairs)
-    return [torch.tensor([getattr(e, key) for e in encoded]) for key in ("ids", "attention_mask", "type_ids")]
+    ids = torch.tensor([e.ids for e in encoded])
+    mask = torch.tensor([e.attention_mask for e in encoded])
+    types = torch.tensor([e.type_ids for e in encoded])
+    return ids, mask, types
 
 
 def noise(ids, types):
-    """ids with words masked or exchanged, and where (B, T): BERT's objective, sharpened for so small a model.
+    """The ids (B, T) with some words masked or exchanged, and where the words were chosen (B, T).
 
-    Only one of the two texts is disturbed, so that the other tells what was there. Of the 30% chosen half are masked
-    and 30% become another word, every other time one of the same example: to see that a word is out of place is what
-    a task of inference asks for.
+    This is BERT's objective, changed to suit so small a model. Words are chosen in one of the two
+    texts only, so that the other text tells what was there. 30% of its words are chosen. Half of
+    them are masked and 30% become another word. Every second one of these other words is from the
+    same example, because a task of inference asks the model to see that a word is out of place.
     """
-    chosen = (torch.rand(ids.shape) < 0.3) & (ids >= len(SPECIAL)) & (types == (torch.rand(len(ids), 1) < 0.75).long())
+    chosen = (torch.rand(ids.shape) < 0.3) & (ids >= len(SPECIAL))
+    text = (torch.rand(len(ids), 1) < 0.75).long()  # (B, 1): 1 for the second text, 0 for the first
+    chosen = chosen & (types == text)
     fate = torch.rand(ids.shape)
     anything = torch.randint(len(SPECIAL), len(VOCABULARY), ids.shape)
     nearby = ids.gather(1, torch.randint(ids.size(1), ids.shape))
@@ -209,16 +283,31 @@ def noise(ids, types):
 
 
 def pretrain(rng):
-    """Masked language modelling on an endless text; writes config.json and model.safetensors."""
-    config = BertConfig(len(VOCABULARY), 128, 3, 4, 256, 128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    """Pretrain the model as a masked language model; write config.json and model.safetensors.
+
+    No text is seen twice, because new ones are made for each step.
+    """
+    config = BertConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=256,
+        max_position_embeddings=128,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     model = Bert(config, head="words", pooler=False)
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.05)  # BERT's 0.02 is for wider layers
+            torch.nn.init.normal_(parameter, std=0.05)  # BERT has 0.02, for wider layers
     tokenizer = Tokenizer.from_file(str(HERE / "tokenizer.json"))
     tokenizer.enable_padding()
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    started, total = time.perf_counter(), 0.0
+    optimizer = torch.optim.AdamW(
+        model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
+    started = time.perf_counter()
+    total = 0.0
     for step in range(1, STEPS + 1):
         optimizer.param_groups[0]["lr"] = LR * min(step / 200, 1 - step / STEPS)
         ids, mask, types = batch_of([discourse(rng) for _ in range(BATCH)], tokenizer)
@@ -230,42 +319,69 @@ def pretrain(rng):
         optimizer.step()
         total += loss.item()
         if step % 250 == 0:
-            print(f"step {step}/{STEPS}  loss {total / 250:.3f}  {time.perf_counter() - started:.0f} s", flush=True)
+            seconds = time.perf_counter() - started
+            print(f"step {step}/{STEPS}  loss {total / 250:.3f}  {seconds:.0f} s", flush=True)
             total = 0.0
-    about = {"architectures": ["BertForMaskedLM"], "model_type": "bert", "hidden_act": "gelu", **vars(config)}
+    about = {
+        "architectures": ["BertForMaskedLM"],
+        "model_type": "bert",
+        "hidden_act": "gelu",
+        **vars(config),
+    }
     (HERE / "config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    halves = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
+    halves = {}
+    for name, tensor in model.state_dict().items():
+        halves[name] = tensor.detach().half().contiguous()
     save_file(halves, HERE / "model.safetensors", metadata={"format": "pt"})
 
 
 @torch.no_grad()
 def zero_shot(rows):
-    """Accuracy of the pretrained model as SMP reads it, every weight kept: the label word that fits better at [CLS]."""
+    """Accuracy of the pretrained model with every weight kept and no training on the task.
+
+    As in SMP, the guess is the label word that fits better at [CLS].
+    """
     tokenizer = Tokenizer.from_file(str(HERE / "tokenizer.json"))
     tokenizer.enable_padding()
-    model = load_model(HERE, "words", words=[tokenizer.token_to_id(word) for word in LABEL_WORDS]).eval()
-    guesses = model(*batch_of([row[:2] for row in rows], tokenizer)).argmax(1).tolist()
-    return sum(LABELS[guess] == row[2] for guess, row in zip(guesses, rows, strict=True)) / len(rows)
+    words = [tokenizer.token_to_id(word) for word in LABEL_WORDS]
+    model = load_model(HERE, "words", words=words).eval()
+    ids, mask, types = batch_of([row[:2] for row in rows], tokenizer)
+    guesses = model(ids, mask, types).argmax(1).tolist()  # (B, 2) -> (B,)
+    right = [LABELS[guess] == row[2] for guess, row in zip(guesses, rows, strict=True)]
+    return sum(right) / len(right)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="make nothing, measure what is there")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="make nothing, only measure the files that are there"
+    )
     if not parser.parse_args().check:
         torch.manual_seed(SEED)
-        torch.set_num_threads(1)  # sums in the same order everywhere; another CPU may still round otherwise
+        # One thread sums in the same order everywhere. Another CPU may still round differently.
+        torch.set_num_threads(1)
         write_task(random.Random(f"task {SEED}"))
         write_tokenizer()
         pretrain(random.Random(f"text {SEED}"))
-    train, dev = read_rows("train.tsv"), read_rows("dev.tsv")
+    train = read_rows("train.tsv")
+    dev = read_rows("dev.tsv")
     assert not {row[:2] for row in train} & {row[:2] for row in dev}
-    share = sum(row[2] == LABELS[1] for row in dev) / len(dev)
-    files = [path for path in sorted(HERE.iterdir()) if path.is_file()]
-    print(*(f"{path.stat().st_size:>10,}  {path.name}" for path in files), sep="\n")
-    print(f"{sum(path.stat().st_size for path in files):>10,}  bytes in all")
-    print(f"{100 * max(share, 1 - share):.1f}%  the commoner label")
-    print(f"{100 * bag_of_words(train, dev, per_sentence=False):.1f}%  bag of words")
-    print(f"{100 * bag_of_words(train, dev, per_sentence=True):.1f}%  a bag of words for each sentence")
+    total = 0
+    for path in sorted(HERE.iterdir()):
+        if path.is_file():
+            size = path.stat().st_size
+            total += size
+            print(f"{size:>10,}  {path.name}")
+    print(f"{total:>10,}  bytes in all")
+    labels = [row[2] for row in dev]
+    commoner = max(labels.count(label) for label in LABELS) / len(labels)
+    print(f"{100 * commoner:.1f}%  the commoner label")
+    together = bag_of_words(train, dev, per_sentence=False)
+    print(f"{100 * together:.1f}%  bag of words")
+    apart = bag_of_words(train, dev, per_sentence=True)
+    print(f"{100 * apart:.1f}%  a bag of words for each sentence")
     print(f"{100 * zero_shot(dev):.1f}%  zero-shot, the pretrained model with the label words")
 
 

@@ -1,4 +1,4 @@
-"""A tiny real checkpoint with a tokenizer, and a made-up task: everything train.py needs, in a few kilobytes."""
+"""What train.py needs, in a few kilobytes: a tiny BERT with a tokenizer, and a made-up task."""
 
 import json
 import shutil
@@ -11,29 +11,60 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 GOLDEN = Path(__file__).parent / "golden"
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """Flags that choose the golden tiny-bert and a task of word pairs: does a word of A occur in B?"""
-    folder = tmp_path_factory.mktemp("tiny")
-    shutil.copytree(GOLDEN / "tiny-bert", folder / "model")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "no", "yes"] + [f"w{i}" for i in range(113)]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+def word_tokenizer():
+    """A tokenizer whose tokens are whole words: "no", "yes" and w0 to w112."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "no", "yes"]
+    words += [f"w{i}" for i in range(113)]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
-    tokenizer.save(str(folder / "model" / "tokenizer.json"))
+    return tokenizer
+
+
+def pairs(count, rng):
+    """The lines of a TSV of examples, which are labelled yes where a word of a occurs in b."""
+    lines = ["a\tb\tlabel"]
+    for _ in range(count):
+        a = rng.integers(20, size=rng.integers(2, 8))
+        b = rng.integers(20, size=rng.integers(2, 8))
+        text_a = " ".join(f"w{i}" for i in a)
+        text_b = " ".join(f"w{i}" for i in b)
+        label = "yes" if set(a) & set(b) else "no"
+        lines.append(f"{text_a}\t{text_b}\t{label}")
+    return lines
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Flags of train.py that choose the golden tiny-bert and a task of pairs of texts.
+
+    The first three are --model, --task-file and --data-dir, so that their values are tiny[1],
+    tiny[3] and tiny[5].
+    """
+    folder = tmp_path_factory.mktemp("tiny")
+    shutil.copytree(GOLDEN / "tiny-bert", folder / "model")
+    word_tokenizer().save(str(folder / "model" / "tokenizer.json"))
     rng = np.random.default_rng(0)
-    for split, rows in (("train", 203), ("dev", 60)):
-        lines = ["a\tb\tlabel"]
-        for _ in range(rows):
-            a, b = (rng.integers(20, size=rng.integers(2, 8)) for _ in range(2))
-            texts = [" ".join(f"w{i}" for i in side) for side in (a, b)]
-            lines.append("\t".join([*texts, "yes" if set(a) & set(b) else "no"]))
+    for split, count in (("train", 203), ("dev", 60)):
+        lines = pairs(count, rng)
         (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n")
-    task = {"name": "pairs", "train": "train.tsv", "dev": "dev.tsv", "columns": ["a", "b"], "label": "label"}
-    task |= {"labels": ["no", "yes"], "words": ["no", "yes"], "metric": ["accuracy", "f1"]}
+    task = {
+        "name": "pairs",
+        "train": "train.tsv",
+        "dev": "dev.tsv",
+        "columns": ["a", "b"],
+        "label": "label",
+        "labels": ["no", "yes"],
+        "words": ["no", "yes"],
+        "metric": ["accuracy", "f1"],
+    }
     (folder / "task.json").write_text(json.dumps(task))
-    flags = {"model": folder / "model", "task-file": folder / "task.json", "data-dir": folder / "data"}
-    flags |= {"max-length": 24, "epochs": 2, "batch-size": 16, "log-every": 1, "device": "cpu", "dtype": "fp32"}
-    return [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    flags = ["--model", str(folder / "model"), "--task-file", str(folder / "task.json")]
+    flags += ["--data-dir", str(folder / "data"), "--max-length", "24", "--epochs", "2"]
+    flags += ["--batch-size", "16", "--log-every", "1", "--device", "cpu", "--dtype", "fp32"]
+    return flags

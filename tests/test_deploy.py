@@ -1,4 +1,4 @@
-"""What is shipped is what was trained: mask files bit for bit, and refused when damaged or of another base."""
+"""What is shipped computes what was trained, and a damaged or foreign file is refused."""
 
 import copy
 import json
@@ -10,34 +10,43 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import deploy
 import eval as evaluation
 import train
 from data import collate
 from model import Bert, BertConfig, load_model
-from prune import MATRICES
+from tools import deploy
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
+    """The folder of a finished SMP-S run."""
     out = tmp_path_factory.mktemp("deploy") / "run"
     assert train.main([*tiny, "--method", "smp-s", "--out", str(out)]) == 0
     return out
 
 
-def evaluating(tiny, *masks):
-    """Flags that evaluate mask files over the tiny base."""
+def evaluating(tiny, mask):
+    """Flags that evaluate a mask file over the tiny base model."""
     flags = ["--model", tiny[1], "--task-file", tiny[3], "--data-dir", tiny[5]]
-    return flags + [str(flag) for mask in masks for flag in ("--mask", mask)]
+    return [*flags, "--mask", str(mask)]
 
 
 def entropy(mask):
+    """The entropy bound, in bytes, on the size of a mask of independent bits of this density."""
     p = mask.mean()
-    return 0.0 if p in (0, 1) else float(-(p * np.log2(p) + (1 - p) * np.log2(1 - p))) * mask.size / 8
+    if p in (0, 1):
+        return 0.0
+    bits = -(p * np.log2(p) + (1 - p) * np.log2(1 - p))
+    return float(bits) * mask.size / 8
 
 
 def test_masks_round_trip_near_their_entropy():
-    """Bit for bit, random masks and corners; 1.03 times the bound at 0.1 and 0.03, 1.01 at 0.5; empty rows, below."""
+    """Packed masks are read back bit for bit, and a random one is at most a few percent too large.
+
+    A mask with empty rows is smaller than the bound, which knows its density only.
+    """
     rng = np.random.default_rng(0)
     for density, most in ((0.5, 1.01), (0.1, 1.03), (0.03, 1.03), (0.9, 1.03), (0.001, 1.2)):
         mask = rng.random(1_000_000) < density
@@ -53,108 +62,165 @@ def test_masks_round_trip_near_their_entropy():
 
 
 def test_mask_file_is_the_run(tiny, finished, tmp_path, capsys):
-    """The file's masks are the run's, bit for bit, and score what the run scored, twice over one base in memory."""
+    """A mask file holds the run's masks bit for bit, and over the base it has the run's metrics.
+
+    One base in memory serves several mask files in turn.
+    """
     path = str(tmp_path / "a.mask")
     assert deploy.main([str(finished), "--save-mask", path]) == 0
     _, masks = deploy.read_mask(path)
     scores = load_file(finished / "scores.safetensors")
-    assert {f"{name}.mask" for name in masks} == {name for name in scores if name.endswith(".mask")}
-    assert all(np.array_equal(mask, scores[f"{name}.mask"].numpy()) for name, mask in masks.items())
+    saved = {name for name in scores if name.endswith(".mask")}
+    assert {f"{name}.mask" for name in masks} == saved
+    for name, mask in masks.items():
+        assert np.array_equal(mask, scores[f"{name}.mask"].numpy())
     metrics = json.loads((finished / "result.json").read_text())["metrics"]
-    found = deploy.evaluate_masks(tiny[1], [path, path], torch.device("cpu"), tiny[5], task_file=tiny[3])
+    found = deploy.evaluate_masks(tiny[1], [path, path], CPU, tiny[5], task_file=tiny[3])
     assert found == [metrics, metrics]
     capsys.readouterr()
     assert deploy.main(evaluating(tiny, path)) == 0
     line = capsys.readouterr().out.splitlines()[-1]
-    assert "density 0.09" in line and f"accuracy {100 * metrics['accuracy']:.2f}" in line
+    assert "density 0.09" in line
+    assert f"accuracy {100 * metrics['accuracy']:.2f}" in line
 
 
-def test_released_masks(tiny, finished, tmp_path):
-    """Packed bits in lexicographic key order (layer 10 before layer 2) give back each matrix."""
-    shapes = {f"bert.encoder.layer.{i}.output.dense": (3, 5) for i in range(12)}
+def test_released_masks(tmp_path):
+    """A mask file of the SMP release is read matrix by matrix, in the order of their names as text.
+
+    A file that does not fit the model is refused.
+    """
+    name = "bert.encoder.layer.{}.output.dense"
+    shapes = {name.format(i): (3, 5) for i in range(12)}
     rng = np.random.default_rng(0)
-    masks = {name: rng.random(shape) < 0.3 for name, shape in shapes.items()}
-    order = sorted(shapes, key=lambda name: int(name.split(".")[3]))  # 0, 1, 2, ... and by their text 0, 1, 10, 11, 2
-    order = [order[i] for i in (0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9)]
-    np.save(tmp_path / "m.npy", np.packbits(np.concatenate([masks[name].ravel() for name in order])))
-    read = deploy.read_released(tmp_path / "m.npy", shapes)
-    assert all(np.array_equal(read[name], masks[name]) for name in shapes)
+    masks = {key: rng.random(shape) < 0.3 for key, shape in shapes.items()}
+    order = [0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9]  # as text, 10 comes before 2
+    bits = np.concatenate([masks[name.format(i)].ravel() for i in order])
+    path = tmp_path / "m.npy"
+    np.save(path, np.packbits(bits))
+    read = deploy.read_released(path, shapes)
+    for key in shapes:
+        assert np.array_equal(read[key], masks[key])
     with pytest.raises(deploy.UserError, match="encoder matrices have"):
-        deploy.read_released(tmp_path / "m.npy", shapes | {"bert.encoder.layer.0.output.dense": (3, 8)})
+        deploy.read_released(path, shapes | {name.format(0): (3, 8)})
 
 
 def refused(capsys, argv, *words):
+    """Assert that deploy.py ends with status 2 and one error line that holds all `words`."""
     assert deploy.main([str(flag) for flag in argv]) == 2
     line = capsys.readouterr().err
-    assert line.startswith("error: ") and line.count("\n") == 1 and all(str(word) in line for word in words), line
+    assert line.startswith("error: "), line
+    assert line.count("\n") == 1, line
+    for word in words:
+        assert str(word) in line, (word, line)
 
 
 def test_damaged_and_foreign_files_are_refused(tiny, finished, tmp_path, capsys):
-    """A flipped byte anywhere, a truncated file, another base, a run that trained weights."""
+    """A mask file is refused when one of its bits is flipped or its end is missing.
+
+    It is also refused over another base model. Of a run that trained weights no mask is saved.
+    """
     path = tmp_path / "a.mask"
     deploy.save_mask(finished, path)
     whole = path.read_bytes()
     rng = np.random.default_rng(0)
     for place in [*rng.integers(8, len(whole), size=30), len(whole) - 1, whole.index(b"density")]:
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        flipped = bytearray(whole)
+        flipped[place] ^= 4
+        path.write_bytes(flipped)
         refused(capsys, evaluating(tiny, path), path)
     path.write_bytes(whole[:-1])
     refused(capsys, evaluating(tiny, path), path, "whole")
     path.write_bytes(whole)
-    shutil.copytree(tiny[1], tmp_path / "other")
-    tensors = load_file(tmp_path / "other" / "model.safetensors")
+
+    other = tmp_path / "other"
+    shutil.copytree(tiny[1], other)
+    tensors = load_file(other / "model.safetensors")
     tensors["bert.embeddings.word_embeddings.weight"][0, 0] += 1
-    save_file(tensors, tmp_path / "other" / "model.safetensors")
-    other = ["--model", tmp_path / "other", *evaluating(tiny, path)[2:]]
-    refused(capsys, other, path, "another model", tmp_path / "other")
-    assert train.main([*tiny, "--method", "dense", "--max-steps", "1", "--out", str(tmp_path / "dense")]) == 0
-    refused(capsys, [tmp_path / "dense", "--save-mask", tmp_path / "b.mask"], "a dense run trains weights")
+    save_file(tensors, other / "model.safetensors")
+    argv = ["--model", other, *evaluating(tiny, path)[2:]]
+    refused(capsys, argv, path, "another model", other)
+
+    dense = tmp_path / "dense"
+    argv = [*tiny, "--method", "dense", "--max-steps", "1", "--out", str(dense)]
+    assert train.main(argv) == 0
+    argv = [dense, "--save-mask", tmp_path / "b.mask"]
+    refused(capsys, argv, "a dense run trains weights")
     assert not (tmp_path / "b.mask").exists()
 
 
+def two_rows():
+    """Inputs of two texts of ten tokens, of which the very last is padding."""
+    ids = torch.arange(20).view(2, 10)
+    return {
+        "input_ids": ids,
+        "attention_mask": ids != 19,
+        "token_type_ids": torch.zeros_like(ids),
+    }
+
+
 def test_export_is_the_run(tiny, finished, tmp_path):
-    """The exported folder holds the run's function; label words without MLM head become a classifier's rows."""
+    """The exported folder computes what the run computes.
+
+    A model with an MLM head becomes a BertForMaskedLM. A model without one becomes a
+    BertForTokenClassification, whose classifier has the label words' embeddings as its rows.
+    """
     deploy.export(finished, tmp_path / "mlm", "model")
     config = json.loads((tmp_path / "mlm" / "config.json").read_text())
-    assert config["architectures"] == ["BertForMaskedLM"] and config["label_words"] == ["no", "yes"]
-    shutil.copytree(tiny[1], tmp_path / "bare")
-    tensors = {n: t for n, t in load_file(tmp_path / "bare" / "model.safetensors").items() if n.startswith("bert.")}
-    save_file(tensors, tmp_path / "bare" / "model.safetensors")
-    flags = ["--model", str(tmp_path / "bare"), *tiny[2:], "--method", "smp-s", "--max-steps", "3"]
+    assert config["architectures"] == ["BertForMaskedLM"]
+    assert config["label_words"] == ["no", "yes"]
+
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny[1], bare)
+    tensors = load_file(bare / "model.safetensors")
+    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("bert.")}
+    save_file(tensors, bare / "model.safetensors")
+    flags = ["--model", str(bare), *tiny[2:], "--method", "smp-s", "--max-steps", "3"]
     assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
-    deploy.export(tmp_path / "run", tmp_path / "words", "model")
-    config = json.loads((tmp_path / "words" / "config.json").read_text())
-    assert config["architectures"] == ["BertForTokenClassification"] and config["id2label"] == {"0": "no", "1": "yes"}
+    exported = tmp_path / "words"
+    deploy.export(tmp_path / "run", exported, "model")
+    config = json.loads((exported / "config.json").read_text())
+    assert config["architectures"] == ["BertForTokenClassification"]
+    assert config["id2label"] == {"0": "no", "1": "yes"}
+
     run = evaluation.load_run(tmp_path / "run")[0].eval()
-    tensors = load_file(tmp_path / "words" / "model.safetensors")
+    tensors = load_file(exported / "model.safetensors")
     assert not [name for name in tensors if "pooler" in name]
-    batch = {"input_ids": torch.arange(20).view(2, 10), "token_type_ids": torch.zeros(2, 10, dtype=torch.long)}
-    batch["attention_mask"] = torch.arange(20).view(2, 10) != 19
-    first = run.bert(**batch)[:, 0]
-    assert torch.allclose(first @ tensors["classifier.weight"].T + tensors["classifier.bias"], run(**batch), atol=1e-6)
-    assert load_model(tmp_path / "words", "words", words=[5, 6], new_head=False)(**batch).shape == (2, 2)
+    batch = two_rows()
+    first = run.bert(**batch)[:, 0]  # (B, C)
+    logits = first @ tensors["classifier.weight"].T + tensors["classifier.bias"]  # (B, K)
+    assert torch.allclose(logits, run(**batch), atol=1e-6)
+    again = load_model(exported, "words", words=[5, 6], new_head=False)
+    assert again(**batch).shape == (2, 2)
 
 
 def test_compact_folder_is_the_run(tiny, finished, tmp_path, capsys):
-    """Written, read again, the same function; emptying rows first is lossy and smaller; damage is refused."""
+    """A compact folder, written and read again, computes what the run computes, and is smaller.
+
+    --drop-rows makes it smaller still. A folder whose parts do not fit together is refused.
+    """
     run = evaluation.load_run(finished)[0].eval()
-    batch = {"input_ids": torch.arange(20).view(2, 10), "token_type_ids": torch.zeros(2, 10, dtype=torch.long)}
-    batch["attention_mask"] = torch.arange(20).view(2, 10) != 19
-    sizes = []
+    batch = two_rows()
+    bytes_of = {}
     for rows in ("0", "3"):
-        flags = ["--compact", str(tmp_path / rows), "--drop-rows", rows, "--data-dir", tiny[5], "--device", "cpu"]
+        folder = tmp_path / rows
+        flags = ["--compact", str(folder), "--drop-rows", rows]
+        flags += ["--data-dir", tiny[5], "--device", "cpu"]
         assert deploy.main([str(finished), *flags]) == 0
-        model, about = deploy.load_compact(tmp_path / rows)
-        sizes.append((tmp_path / rows / "compact.safetensors").stat().st_size)
-        stored = load_file(tmp_path / rows / "compact.safetensors")
-        for i, (inner, outer, units) in enumerate(about["sizes"]):  # heads are padded in memory, not in the file
-            lengths = sum(inner), sum(inner), sum(outer), units
-            names = ("attention.self.query", "attention.self.key", "attention.self.value", "intermediate.dense")
-            assert tuple(len(stored[f"bert.encoder.layer.{i}.{name}.weight"]) for name in names) == lengths
+        model, about = deploy.load_compact(folder)
+        bytes_of[rows] = (folder / "compact.safetensors").stat().st_size
+        stored = load_file(folder / "compact.safetensors")
+        # The file holds no padding. The heads are padded to one size only in memory.
+        for i, (inner, outer, units) in enumerate(about["sizes"]):
+            layer = f"bert.encoder.layer.{i}"
+            assert len(stored[f"{layer}.attention.self.query.weight"]) == sum(inner)
+            assert len(stored[f"{layer}.attention.self.key.weight"]) == sum(inner)
+            assert len(stored[f"{layer}.attention.self.value.weight"]) == sum(outer)
+            assert len(stored[f"{layer}.intermediate.dense.weight"]) == units
         if rows == "0":
             assert (model(**batch) - run(**batch)).abs().max() < 1e-5
             assert "differ by" in capsys.readouterr().out
-    assert 4 * sum(p.numel() for p in run.parameters()) > sizes[0] > sizes[1]
+    whole = 4 * sum(p.numel() for p in run.parameters())  # bytes in float32
+    assert whole > bytes_of["0"] > bytes_of["3"]
     about["sizes"][0][2] += 1
     (tmp_path / "0" / "compact.json").write_text(json.dumps(about))
     with pytest.raises(deploy.UserError, match="not a whole compact model"):
@@ -165,52 +231,80 @@ def test_compact_folder_is_the_run(tiny, finished, tmp_path, capsys):
 @pytest.mark.skipif(not os.environ.get("BERT_DIR"), reason="needs GLUE_DIR and BERT_DIR")
 @pytest.mark.parametrize("method", ["dense", "smp-s", "pins", "smp-l by unit"])
 def test_real_export_predicts_the_same(method, tmp_path):
-    """In transformers, over the whole dev set of RTE: every prediction the same, logits to 1e-5; by unit: with as many
-    units as were kept."""
+    """`transformers` loads the export and makes the same prediction for all of RTE's dev set.
+
+    The logits agree to 1e-5. A run pruned by unit is exported with only the units that it kept.
+    """
     hf = pytest.importorskip("transformers")
-    flags = ["--model", os.environ["BERT_DIR"], "--data-dir", os.environ["GLUE_DIR"], "--task", "rte"]
-    flags += ["--max-length", "64", "--device", "cpu", "--dtype", "fp32", "--max-steps", "4", "--batch-size", "16"]
-    flags += ["--lr", "1e-4", "--method", method.split()[0], "--pattern", "unit" if "unit" in method else "weight"]
-    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
-    if "unit" in method:
-        flags = ["--compact", str(tmp_path / "hf"), "--uniform", "--data-dir", os.environ["GLUE_DIR"]]
-        assert deploy.main([str(tmp_path / "run"), *flags]) == 0
-        width = evaluation.load_run(tmp_path / "run")[0].config.intermediate_size
-        assert json.loads((tmp_path / "hf" / "config.json").read_text())["intermediate_size"] == int(0.1 * width)
+    run = tmp_path / "run"
+    folder = tmp_path / "hf"
+    pattern = "unit" if "unit" in method else "weight"
+    data = ["--data-dir", os.environ["GLUE_DIR"]]
+    flags = ["--model", os.environ["BERT_DIR"], *data, "--device", "cpu", "--dtype", "fp32"]
+    flags += ["--task", "rte", "--max-length", "64", "--max-steps", "4", "--batch-size", "16"]
+    flags += ["--lr", "1e-4", "--method", method.split()[0], "--pattern", pattern]
+    assert train.main([*flags, "--out", str(run)]) == 0
+    if pattern == "unit":
+        assert deploy.main([str(run), "--compact", str(folder), "--uniform", *data]) == 0
+        units = evaluation.load_run(run)[0].config.intermediate_size
+        config = json.loads((folder / "config.json").read_text())
+        assert config["intermediate_size"] == int(0.1 * units)
     else:
-        deploy.export(tmp_path / "run", tmp_path / "hf", "model")
-    kind = json.loads((tmp_path / "hf" / "config.json").read_text())["architectures"][0]
-    theirs, info = getattr(hf, kind).from_pretrained(tmp_path / "hf", output_loading_info=True)
+        deploy.export(run, folder, "model")
+    kind = json.loads((folder / "config.json").read_text())["architectures"][0]
+    theirs, info = getattr(hf, kind).from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
-    model, task, tokenizer, s = evaluation.load_run(tmp_path / "run")
+
+    model, task, tokenizer, s = evaluation.load_run(run)
     (dev,) = evaluation.load_dev(task, tokenizer, s["max_length"], s["data_dir"]).values()
-    ours, logits = evaluation.predict(model, dev, torch.device("cpu"), "fp32"), []
+    ours = evaluation.predict(model, dev, CPU, "fp32")
+    theirs.eval()
+    parts = []
     with torch.no_grad():
         for i in range(0, len(dev), 64):
             batch = collate(dev, np.arange(i, min(i + 64, len(dev))))
             batch.pop("labels")
-            output = theirs.eval()(**batch).logits
-            logits.append(output if output.dim() == 2 else output[:, 0])
-    logits = torch.cat(logits)
-    assert torch.equal(ours.argmax(1), logits.argmax(1)) and (ours - logits).abs().max() < 1e-5
+            logits = theirs(**batch).logits
+            if logits.dim() == 3:  # (B, T, K): a token classifier, of which the first token counts
+                logits = logits[:, 0]
+            parts.append(logits)
+    logits = torch.cat(parts)
+    assert torch.equal(ours.argmax(1), logits.argmax(1))
+    assert (ours - logits).abs().max() < 1e-5
 
 
 def planted(config, cases):
-    """A random BERT with every case of compaction in its first layers: (layer, matrix, rows or columns) zeroed."""
+    """A random BERT in which rows (axis 0) or columns (axis 1) of some matrices are zero.
+
+    Each case is (layer, letter of the matrix, axis, which of them).
+    """
     torch.manual_seed(0)
     model = Bert(config, "classifier", 3, mlm=False).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.5 if parameter.dim() == 2 else 0.3)
-        for i, matrix, axis, places in cases:
-            weight = model.bert.encoder["layer"][i].get_submodule(MATRICES[matrix]).weight
-            weight[places] = 0.0 if axis == 0 else weight[places]
-            if axis == 1:
+        for i, letter, axis, places in cases:
+            weight = model.layers[i].get_submodule(model.matrices[letter]).weight
+            if axis == 0:
+                weight[places] = 0.0
+            else:
                 weight[:, places] = 0.0
     return model
 
 
-ROWS, HEAD = [1, 2, 5, 9], list(range(8, 16))  # heads of 8
+def random_batch(lengths):
+    """Inputs of random texts of these lengths, padded to 9 tokens."""
+    ids = torch.randint(50, (len(lengths), 9))
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.arange(9) < torch.tensor(lengths)[:, None],  # (B, T)
+        "token_type_ids": ids % 2,
+    }
+
+
+ROWS = [1, 2, 5, 9]
+HEAD = list(range(8, 16))  # the second head; a head has 8 rows
+EVERYTHING = [(i, letter, 0, ROWS) for i in (0, 1) for letter in "QKVU"]
 CASES = {
     "nothing": [],
     "constant units": [(0, "U", 0, ROWS)],
@@ -228,58 +322,82 @@ CASES = {
     "a head without keys": [(0, "K", 0, HEAD)],
     "no head": [(0, "V", 0, list(range(32)))],
     "no unit": [(0, "U", 0, list(range(48)))],
-    "everything, the last layer too": [(i, m, 0, ROWS) for i in (0, 1) for m in "QKVU"] + [(1, "K", 0, HEAD)],
+    "everything, the last layer too": [*EVERYTHING, (1, "K", 0, HEAD)],
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_compaction_is_exact(case):
-    """Outputs to 1e-5 in fp32, with padding; every planted case makes the model smaller, and nothing else does."""
-    config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    """A compacted model gives the outputs of the whole one, to 1e-5 in fp32 and with padding.
+
+    It is smaller where rows or columns are empty, except for one empty query row, and not else.
+    """
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+    )
     model = planted(config, CASES[case])
-    ids = torch.randint(50, (4, 9))
-    lengths = torch.tensor([9, 4, 1, 7])
-    batch = {"input_ids": ids, "attention_mask": torch.arange(9) < lengths[:, None], "token_type_ids": ids % 2}
-    before, uniform = model(**batch).detach(), copy.deepcopy(model)
+    batch = random_batch([9, 4, 1, 7])
+    before = model(**batch).detach()
+    uniform = copy.deepcopy(model)
     sizes = deploy.compact(model)
     assert (model(**batch) - before).abs().max() < 1e-5
-    smaller = sum(sum(inner) + sum(outer) + units for inner, outer, units in sizes) < 2 * (32 + 32 + 48)
+    left = sum(sum(inner) + sum(outer) + units for inner, outer, units in sizes)
+    smaller = left < 2 * (32 + 32 + 48)
     assert smaller == (case not in ("nothing", "one query"))
-    if case == "queries":  # three empty rows of head 0 become one; that of head 1 is one
+    if case == "queries":  # the three empty rows of head 0 become one; head 1 has only one
         assert sizes[0][0] == [6, 8, 8, 8]
     if case == "a head of constant queries":
         assert sizes[0][0] == [8, 1, 8, 8]
     deploy.sparse(model)
     assert (model(**batch) - before).abs().max() < 1e-5
+
     deploy.compact(uniform, uniform=True)
     assert (uniform(**batch) - before).abs().max() < 1e-5
-    units = {layer.intermediate["dense"].out_features for layer in uniform.bert.encoder["layer"]}
-    assert units == {uniform.config.intermediate_size} == {max(layer[2] for layer in sizes)}
+    units = {layer.intermediate["dense"].out_features for layer in uniform.layers}
+    assert units == {max(units for _, _, units in sizes)}
+    assert units == {uniform.config.intermediate_size}
 
 
 def test_pattern_head_compacts_to_whole_heads(tiny, tmp_path):
-    """What was trained by head and unit is a smaller dense model: as many of each as the density says, none ragged."""
-    flags = [*tiny, "--method", "smp-l", "--pattern", "head", "--density", "0.5", "--max-steps", "4"]
-    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
+    """A run pruned by head compacts to a smaller dense model with whole heads only.
+
+    It has as many heads and units as the density says, in every layer.
+    """
+    flags = [*tiny, "--method", "smp-l", "--pattern", "head", "--density", "0.5"]
+    assert train.main([*flags, "--max-steps", "4", "--out", str(tmp_path / "run")]) == 0
     model, _, _, _ = evaluation.load_run(tmp_path / "run")
-    heads, units = model.config.num_attention_heads, model.config.intermediate_size
+    heads = model.config.num_attention_heads
+    units = model.config.intermediate_size
     size = model.config.hidden_size // heads
     whole = [size] * (heads // 2)
-    assert deploy.compact(model) == [[whole, whole, units // 2]] * model.config.num_hidden_layers
+    layer = [whole, whole, units // 2]
+    assert deploy.compact(model) == [layer] * model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("density", [0.02, 0.1, 0.6])
 def test_sparse_execution_is_exact(density, monkeypatch):
-    """CSR and dense matrices side by side, in one part and in several, with padding: the dense logits to 1e-5."""
-    config = BertConfig(vocab_size=50, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96)
+    """Sparse execution gives the dense logits to 1e-5, with padding, however the texts are split.
+
+    A matrix is stored as CSR up to a density of `DENSEST`, and denser ones stay as they are.
+    """
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=96,
+    )
     model = planted(config, [])
     with torch.no_grad():
-        for linear in deploy.encoder_linears(model)[:-1]:  # one stays dense
+        for linear in deploy.encoder_linears(model)[:-1]:  # the last one stays dense
             linear.weight.mul_(torch.rand_like(linear.weight) < density)
-    ids, lengths = torch.randint(50, (7, 9)), torch.tensor([9, 4, 1, 7, 2, 2, 9])
-    batch = {"input_ids": ids, "attention_mask": torch.arange(9) < lengths[:, None], "token_type_ids": ids % 2}
+    batch = random_batch([9, 4, 1, 7, 2, 2, 9])
     before = model(**batch)
     assert deploy.sparse(model) == (17 if density < deploy.DENSEST else 0)
-    for tokens in (256, 20, 1):
+    for tokens in (256, 20, 1):  # computed at a time
         monkeypatch.setattr(deploy, "TOKENS", tokens)
         assert (model(**batch) - before).abs().max() < 1e-5

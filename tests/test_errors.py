@@ -1,4 +1,4 @@
-"""Bad input: one clear line on stderr, exit status 2, no traceback, nothing half-written."""
+"""A mistake of the user ends with status 2 and one clear line; nothing is left half-written."""
 
 import json
 import shutil
@@ -26,18 +26,29 @@ def case(tiny, tmp_path):
 
 
 def refused(capsys, argv, *words, main=train.main):
-    """The command ends with status 2 and one line that holds all `words`; the line."""
+    """Assert that the command ends with status 2 and one error line that holds all `words`."""
     capsys.readouterr()
     assert main([str(flag) for flag in argv]) == 2
     line = capsys.readouterr().err
-    assert line.startswith("error: ") and line.count("\n") == 1 and len(line) < 600, line
+    assert line.startswith("error: "), line
+    assert line.count("\n") == 1, line
+    assert len(line) < 600, line
     for word in words:
         assert str(word) in line, (word, line)
-    return line
 
 
-def edit(path, change):
-    """Rewrite a safetensors file, after `change` has had its way with the tensors."""
+def contents(folder):
+    """The bytes of each file below a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def edit_json(path, **changes):
+    """Change or add top-level entries of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(path, change):
+    """Change the tensors of a safetensors file by `change(tensors)`."""
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
@@ -49,34 +60,40 @@ QUERY = "bert.encoder.layer.1.attention.self.query.weight"
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--densty", "0.1"], ["--densty"]),
-        (["--dens", "0.1"], ["--dens"]),  # no abbreviations: a new flag must not change an old command
-        (["--task", "mrcp"], ["mrcp", "mrpc"]),
-        (["--method", "smp"], ["smp", "smp-s"]),
-        (["--density", "0"], ["--density 0", "(0, 1]"]),
-        (["--density", "1.5"], ["--density 1.5", "(0, 1]"]),
-        (["--density", "nan"], ["--density nan", "(0, 1]"]),
-        (["--density", "0.5", "--method", "dense"], ["--density", "dense"]),
-        (["--epochs", "0"], ["--epochs 0", "[1, inf)"]),
-        (["--epochs", "two"], ["--epochs", "two"]),
-        (["--ramp", "0"], ["--ramp"]),
-        (["--hold", "0.5", "--ramp", "0.6"], ["--hold 0.5", "--ramp 0.6"]),
-        (["--pattern", "4:2"], ["--pattern 4:2", "0 < n < m"]),
-        (["--pattern", "rows"], ["--pattern rows", "weight, unit, head or n:m"]),
-        (["--pattern", "2:4", "--density", "0.1"], ["--density 0.1", "0.5"]),
-        (["--pattern", "2:5"], ["--pattern 2:5", "32"]),  # the model's width
-        (["--pattern", "head", "--method", "pins"], ["--pattern head", "pins ranks single weights"]),
-        (["--method", "pins", "--pins-score", "unsigned"], ["unsigned", "signed"]),
-        (["--method", "pins", "--teacher-split", "0.6"], ["--teacher-split 0.6", "[0, 0.5]"]),
-        (["--method", "pins", "--teacher", "self:nowhere"], ["nowhere"]),
-        (["--max-length", "33"], ["--max-length", "32"]),  # more than the model has positions
+        ("--densty 0.1", ["--densty"]),
+        ("--dens 0.1", ["--dens"]),  # no abbreviations, because a new flag could change their sense
+        ("--task mrcp", ["mrcp", "mrpc"]),
+        ("--method smp", ["smp", "smp-s"]),
+        ("--density 0", ["--density: 0", "(0, 1]"]),
+        ("--density 1.5", ["--density: 1.5", "(0, 1]"]),
+        ("--density nan", ["--density: nan", "(0, 1]"]),
+        ("--density 0.5 --method dense", ["--density", "dense"]),
+        ("--epochs 0", ["--epochs: 0", "[1, inf)"]),
+        ("--epochs two", ["--epochs", "two"]),
+        ("--ramp 0", ["--ramp"]),
+        ("--hold 0.5 --ramp 0.6", ["--hold 0.5", "--ramp 0.6"]),
+        ("--pattern 4:2", ["--pattern 4:2", "0 < n < m"]),
+        ("--pattern rows", ["--pattern rows", "weight, unit, head or n:m"]),
+        ("--pattern 2:4 --density 0.1", ["--density 0.1", "0.5"]),
+        ("--pattern 2:5", ["--pattern 2:5", "32"]),  # the model is 32 wide
+        ("--pattern head --method pins", ["--pattern head", "pins ranks single weights"]),
+        ("--method pins --pins-score unsigned", ["unsigned", "signed"]),
+        ("--method pins --teacher-split 0.6", ["--teacher-split: 0.6", "[0, 0.5]"]),
+        ("--method pins --teacher self:nowhere", ["nowhere"]),
+        ("--max-length 33", ["--max-length", "32"]),  # the model has 32 positions
     ],
 )
 def test_flags(case, capsys, flags, words):
+    """A wrong flag is refused by a line that names it and says what was expected."""
     folder, base = case
-    base = [] if "--task" in flags else base
+    flags = flags.split()
+    if "--task" in flags:
+        base = []
     refused(capsys, [*base, "--out", folder / "out", *flags], *words)
     assert not (folder / "out").exists()
+
+
+# Each of these functions spoils something in the folder and returns words that the error must hold.
 
 
 def no_such_folder(folder):
@@ -91,12 +108,18 @@ def truncated(folder):
 
 
 def wrong_shape(folder):
-    edit(folder / "model" / "model.safetensors", lambda t: t.update({QUERY: torch.zeros(32, 31)}))
+    def change(tensors):
+        tensors[QUERY] = torch.zeros(32, 31)
+
+    edit_tensors(folder / "model" / "model.safetensors", change)
     return [QUERY, "(32, 31)", "(32, 32)"]
 
 
 def missing_tensor(folder):
-    edit(folder / "model" / "model.safetensors", lambda t: t.pop(QUERY))
+    def change(tensors):
+        del tensors[QUERY]
+
+    edit_tensors(folder / "model" / "model.safetensors", change)
     return [QUERY, "missing"]
 
 
@@ -130,23 +153,32 @@ def large_tokenizer(folder):
 
 
 def long_label_word(folder):
-    path = folder / "task.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"words": ["no", "yes w1"]}))
+    edit_json(folder / "task.json", words=["no", "yes w1"])
     return ["yes w1", "one token"]
 
 
 def unknown_label_word(folder):
-    path = folder / "task.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"words": ["no", "oui"]}))
+    edit_json(folder / "task.json", words=["no", "oui"])
     return ["oui", "one token"]
 
 
 @pytest.mark.parametrize(
     "spoil",
-    [no_such_folder, truncated, wrong_shape, missing_tensor, pickled, missing_column, unknown_label, large_tokenizer]
-    + [long_label_word, unknown_label_word],
+    [
+        no_such_folder,
+        truncated,
+        wrong_shape,
+        missing_tensor,
+        pickled,
+        missing_column,
+        unknown_label,
+        large_tokenizer,
+        long_label_word,
+        unknown_label_word,
+    ],
 )
 def test_files(case, capsys, monkeypatch, spoil):
+    """A missing, damaged or unfit file is refused by a line that names it and what is wrong."""
     folder, flags = case
     words = spoil(folder)
     monkeypatch.chdir(folder)
@@ -155,24 +187,29 @@ def test_files(case, capsys, monkeypatch, spoil):
 
 
 def test_unreachable_hub(case, capsys, monkeypatch):
+    """If the Hugging Face hub cannot be reached, the error names the model and the hub."""
     import huggingface_hub.constants
 
-    with socket.socket() as closed:  # bound, not listening
+    folder, flags = case
+    with socket.socket() as closed:  # bound to a port, but it does not listen
         closed.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(case[0] / "hub"))
-        flags = [*case[1], "--model", "org/name", "--out", case[0] / "out"]
-        refused(capsys, flags, "org/name", "hub")
-    assert not (case[0] / "out").exists()
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder / "hub"))
+        argv = [*flags, "--model", "org/name", "--out", folder / "out"]
+        refused(capsys, argv, "org/name", "hub")
+    assert not (folder / "out").exists()
 
 
 def test_teacher_of_another_task_or_label_order(case, capsys):
+    """A teacher is refused if it is missing, of another task, or of another label order."""
     folder, flags = case
-    assert train.main([*flags, "--method", "dense", "--max-steps", "1", "--out", str(folder / "teacher")]) == 0
+    teacher = str(folder / "teacher")
+    dense = [*flags, "--method", "dense", "--max-steps", "1", "--out", teacher]
+    assert train.main(dense) == 0
     path = folder / "task.json"
     task = json.loads(path.read_text())
-    student = [*flags, "--teacher", folder / "teacher", "--out", folder / "out"]
+    student = [*flags, "--teacher", teacher, "--out", folder / "out"]
     path.write_text(json.dumps(task | {"labels": ["yes", "no"], "words": ["yes", "no"]}))
     refused(capsys, student, "teacher", "['no', 'yes']", "['yes', 'no']")
     path.write_text(json.dumps(task | {"name": "other"}))
@@ -182,47 +219,59 @@ def test_teacher_of_another_task_or_label_order(case, capsys):
 
 
 def test_out_holds_another_run(case, capsys):
+    """A run is not overwritten, and --resume does not continue it with other settings."""
     folder, flags = case
     out = folder / "out"
     assert train.main([*flags, "--max-steps", "1", "--out", str(out)]) == 0
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    before = contents(out)
     refused(capsys, [*flags, "--out", out], "out", "--resume")
     refused(capsys, [*flags, "--out", out, "--resume", "--seed", "5"], "--seed 5", "started with 0")
-    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert contents(out) == before
 
 
 def test_damaged_checkpoint(case, capsys):
+    """A run cannot be resumed from a truncated checkpoint; the error names the file."""
     folder, flags = case
-    assert train.main([*flags, "--max-steps", "2", "--out", str(folder / "out")]) == 0
-    path = folder / "out" / "checkpoint.safetensors"
+    out = folder / "out"
+    assert train.main([*flags, "--max-steps", "2", "--out", str(out)]) == 0
+    path = out / "checkpoint.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
-    refused(capsys, ["--out", folder / "out", "--resume"], path)
+    refused(capsys, ["--out", out, "--resume"], path)
 
 
 def test_loss_turns_nan(case, capsys, monkeypatch):
-    """Stops, says the step, and the last good checkpoint stays: resumed without the cause, the run goes on from it."""
+    """A run stops at the step whose loss is NaN, names the step, and keeps its last checkpoint.
+
+    When the cause is gone, the run can be resumed from there.
+    """
     folder, flags = case
-    loss, calls = train.task_loss, []
+    out = folder / "out"
+    task_loss = train.task_loss
+    calls = []
 
     def poisoned(*args):
-        calls.append(1)
-        return loss(*args) * (float("nan") if len(calls) == 6 else 1.0)
+        calls.append(args)
+        factor = float("nan") if len(calls) == 6 else 1.0
+        return task_loss(*args) * factor
 
-    flags = [*flags, "--eval-every", "2", "--log-every", "100", "--max-steps", "9", "--out", folder / "out"]
+    argv = [*flags, "--eval-every", "2", "--log-every", "100", "--max-steps", "9", "--out", out]
     with monkeypatch.context() as patch:
         patch.setattr(train, "task_loss", poisoned)
-        refused(capsys, flags, "step 5", folder / "out")
-    assert not (folder / "out" / "result.json").exists()
-    assert train.main(["--out", str(folder / "out"), "--resume"]) == 0
-    assert "resumed" in (said := capsys.readouterr().out) and "at step 4" in said
+        refused(capsys, argv, "step 5", out)
+    assert not (out / "result.json").exists()
+    assert train.main(["--out", str(out), "--resume"]) == 0
+    said = capsys.readouterr().out
+    assert "resumed" in said
+    assert "at step 4" in said
 
 
 def test_eval_refuses(case, capsys):
+    """eval.py refuses a folder without a run, and a split, task or device that it does not know."""
     folder, flags = case
     refused(capsys, [folder / "none"], "none", main=evaluation.main)
     assert train.main([*flags, "--max-steps", "1", "--out", str(folder / "out")]) == 0
-    out = [folder / "out", "--predictions", folder / "p.tsv"]
-    refused(capsys, [*out, "--split", "test"], "test", "train, dev", main=evaluation.main)
-    refused(capsys, [*out, "--task", "ax"], "ax", "pairs", main=evaluation.main)
+    argv = [folder / "out", "--predictions", folder / "p.tsv"]
+    refused(capsys, [*argv, "--split", "test"], "test", "train, dev", main=evaluation.main)
+    refused(capsys, [*argv, "--task", "ax"], "ax", "pairs", main=evaluation.main)
     refused(capsys, [folder / "out", "--device", "tpu"], "tpu", main=evaluation.main)
     assert not (folder / "p.tsv").exists()

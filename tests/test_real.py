@@ -1,4 +1,7 @@
-"""Whole runs on real data with a real BERT (GLUE_DIR, BERT_DIR): what tiny made-up ones cannot show."""
+"""Whole runs with a real BERT (BERT_DIR) on real data (GLUE_DIR).
+
+They show what the tiny model and task cannot show.
+"""
 
 import json
 import os
@@ -13,77 +16,111 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import bench
 import train
 from model import load_model
-from prune import MATRICES, mask_layers
+from prune import mask_matrices
+from tools import bench
 
+GLUE_DIR = os.environ.get("GLUE_DIR", "")
+BERT_DIR = os.environ.get("BERT_DIR", "")
+missing = not (GLUE_DIR and BERT_DIR)
 pytestmark = [
     pytest.mark.real,
-    pytest.mark.skipif(
-        not (os.environ.get("GLUE_DIR") and os.environ.get("BERT_DIR")), reason="needs GLUE_DIR and BERT_DIR"
-    ),
+    pytest.mark.skipif(missing, reason="needs GLUE_DIR and BERT_DIR"),
 ]
 ROOT = Path(train.__file__).parent
-FLAGS = ["--model", os.environ.get("BERT_DIR", ""), "--data-dir", os.environ.get("GLUE_DIR", ""), "--device", "cpu"]
+FLAGS = ["--model", BERT_DIR, "--data-dir", GLUE_DIR, "--device", "cpu"]
 
 
 def environment(**more):
+    """The environment of a process that runs the program with one thread."""
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
 
 
 def test_what_is_masked():
-    """MiniLM-L6-H384: 36 matrices, 10,616,832 weights."""
-    masked = mask_layers(load_model(os.environ["BERT_DIR"], "words", words=[2053, 2748]).bert.encoder["layer"])
-    assert [len(masked[letter]) for letter in MATRICES] == [6] * 6
-    assert sum(m.weight.numel() for column in masked.values() for m in column) == 10_616_832
+    """MiniLM-L6-H384 has 36 masked matrices with 10,616,832 weights in all."""
+    model = load_model(BERT_DIR, "words", words=[2053, 2748])
+    masked = mask_matrices(model)
+    weights = 0
+    for letter in model.matrices:
+        assert len(masked[letter]) == 6
+        weights += sum(linear.weight.numel() for linear in masked[letter])
+    assert weights == 10_616_832
 
 
 def test_two_processes_are_one_at_first(tmp_path):
-    """The loss of one process to 1e-5 over the first steps; masks bit-identical on both ranks."""
-    flags = [*FLAGS, "--task", "rte", "--dropout", "0", "--max-steps", "5", "--log-every", "1", "--batch-size", "16"]
-    flags += ["--dtype", "fp32"]  # two halves of a batch round otherwise in bf16
-    worker, runs = Path(__file__).with_name("test_train.py"), {}
+    """Over the first five steps two processes have the losses of one process, to 1e-5.
+
+    The masks of both processes are equal bit for bit.
+    """
+    flags = [*FLAGS, "--task", "rte", "--dropout", "0", "--max-steps", "5", "--log-every", "1"]
+    flags += ["--batch-size", "16"]
+    flags += ["--dtype", "fp32"]  # in bf16 the two halves of a batch round differently
+    worker = Path(__file__).with_name("test_train.py")
+    losses = {}
     for n in (1, 2):
-        port = ["--master-port", str(random.randint(20000, 60000))]
-        command = [sys.executable, "-m", "torch.distributed.run", *port, "--nproc-per-node", str(n), str(worker)]
-        subprocess.run(
-            [*command, *flags, "--out", str(tmp_path / str(n))], env=environment(MASK_LOG=str(tmp_path)), check=True
-        )
-        log = [json.loads(line) for line in (tmp_path / str(n) / "metrics.jsonl").read_text().splitlines()]
-        runs[n] = np.array([row["loss"] for row in log if "loss" in row])
-    ranks = [(tmp_path / f"masks-2-{rank}").read_text() for rank in (0, 1)]
-    assert ranks[0] == ranks[1]
-    gap = np.abs(runs[1] - runs[2])
+        out = tmp_path / str(n)
+        port = random.randint(20000, 60000)
+        command = [sys.executable, "-m", "torch.distributed.run"]
+        command += ["--nproc-per-node", str(n), "--master-port", str(port), str(worker)]
+        command += [*flags, "--out", str(out)]
+        subprocess.run(command, env=environment(MASK_LOG=str(tmp_path)), check=True)
+        log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        losses[n] = np.array([row["loss"] for row in log if "loss" in row])
+    masks = [(tmp_path / f"masks-2-{rank}").read_text() for rank in (0, 1)]
+    assert masks[0] == masks[1]
+    gap = np.abs(losses[1] - losses[2])
     print("loss difference by step:", gap)
-    assert len(gap) == 5 and gap.max() < 1e-5
+    assert len(gap) == 5
+    assert gap.max() < 1e-5
 
 
 def test_killed_thrice_is_uninterrupted(tmp_path):
-    """kill -9 at three random moments of a run on CoLA: metrics, scores and masks bit-identical to the whole run."""
-    flags = ["--task", "cola", "--batch-size", "16", "--max-steps", "40", "--eval-every", "8", "--log-every", "4"]
+    """A run on CoLA, killed (kill -9) three times and resumed, ends as an unbroken run does.
+
+    The metrics, scores and masks are equal bit for bit.
+    """
+    flags = ["--task", "cola", "--batch-size", "16", "--max-steps", "40"]
+    flags += ["--eval-every", "8", "--log-every", "4"]
     command = [sys.executable, str(ROOT / "train.py"), *FLAGS, *flags, "--out"]
+    whole = tmp_path / "whole"
+    killed = tmp_path / "killed"
     began = time.time()
-    subprocess.run([*command, str(tmp_path / "whole")], env=environment(), check=True)
-    whole = time.time() - began
+    subprocess.run([*command, str(whole)], env=environment(), check=True)
+    seconds = time.time() - began
+    resume = [*command, str(killed), "--resume"]
     for _ in range(3):
-        process = subprocess.Popen([*command, str(tmp_path / "killed"), "--resume"], env=environment())
-        time.sleep(random.uniform(0.3, 0.7) * whole)
+        process = subprocess.Popen(resume, env=environment())
+        time.sleep(random.uniform(0.3, 0.7) * seconds)
         process.kill()
         process.wait()
-    subprocess.run([*command, str(tmp_path / "killed"), "--resume"], env=environment(), check=True)
-    a, b = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "killed"))
-    assert a["metrics"] == b["metrics"] and a["best"] == b["best"] and a["achieved_density"] == b["achieved_density"]
-    a, b = (load_file(tmp_path / name / "scores.safetensors") for name in ("whole", "killed"))
-    assert a.keys() == b.keys() and len(a) == 72 and all(torch.equal(a[name], b[name]) for name in a)
+    subprocess.run(resume, env=environment(), check=True)
+    a = json.loads((whole / "result.json").read_text())
+    b = json.loads((killed / "result.json").read_text())
+    for key in ("metrics", "best", "achieved_density"):
+        assert a[key] == b[key]
+    a = load_file(whole / "scores.safetensors")
+    b = load_file(killed / "scores.safetensors")
+    assert a.keys() == b.keys()
+    assert len(a) == 72
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
 
 
 @pytest.mark.parametrize(("length", "most"), [(128, 1.15), (40, 1.3)])
 def test_step_time(length, most, capsys):
-    """A SMP-S step over a dense fine-tuning step (everything trained, fused AdamW), fp32, batch 32, in turn."""
-    device, batch = torch.device("cpu"), bench.synthetic(length)
-    smp, dense = (bench.our_step(method, "minilm", device, "fp32") for method in ("smp-s", "dense"))
+    """A step of SMP-S takes at most `most` times as long as a step of dense fine-tuning.
+
+    Both are in fp32 with batches of 32, and run in turn. Dense fine-tuning trains every weight
+    with fused AdamW.
+    """
+    device = torch.device("cpu")
+    batch = bench.synthetic(length)
+    names = ("smp-s", "dense")
+    smp = bench.our_step("smp-s", "minilm", device, "fp32")
+    dense = bench.our_step("dense", "minilm", device, "fp32")
     seconds = bench.alternate([lambda: smp(batch), lambda: dense(batch)], device, 7)
     with capsys.disabled():
         print()
-        assert bench.show(f"step, smp-s / dense, length {length}, fp32", seconds, ("smp-s", "dense")) <= most
+        title = f"step, smp-s / dense, length {length}, fp32"
+        assert bench.show(title, seconds, names) <= most

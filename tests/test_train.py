@@ -1,4 +1,4 @@
-"""Properties of a run: reproducible, resumable, the same on two processes; its folder and its result."""
+"""Properties of a run: its folder and result, its reproducibility, its teachers and its recipes."""
 
 import hashlib
 import json
@@ -20,150 +20,262 @@ import eval as evaluation
 import prune
 import train
 from data import batches, collate, load_dataset, word_ids
-from model import load_model, read_checkpoint
+from model import inputs, load_model, pick_dtype, read_checkpoint
+from tools import report
 from train import lr_at
 
 ROOT = Path(train.__file__).parent
-RESULT = "task model method density achieved_density metrics best seed steps epochs train_seconds examples_per_second"
-RESULT = [*RESULT.split(), "peak_memory_bytes", "command"]
+CPU = torch.device("cpu")
+RESULT = [
+    "task",
+    "model",
+    "method",
+    "density",
+    "achieved_density",
+    "metrics",
+    "best",
+    "seed",
+    "steps",
+    "epochs",
+    "train_seconds",
+    "examples_per_second",
+    "peak_memory_bytes",
+    "command",
+]
 
 
-def run(flags, out, *more):
-    """train.main in this process; the parsed result.json."""
-    assert train.main([*flags, "--out", str(out), *map(str, more)]) == 0
+def flags_of(**options):
+    """Command-line flags: max_steps=2 becomes ["--max-steps", "2"]."""
+    flags = []
+    for name, value in options.items():
+        flags += ["--" + name.replace("_", "-"), str(value)]
+    return flags
+
+
+def run(flags, out, **options):
+    """Run train.py in this process with `flags` and `options`, and return its result."""
+    assert train.main([*flags, "--out", str(out), *flags_of(**options)]) == 0
+    return result_of(out)
+
+
+def result_of(out):
+    """The result of a finished run, from its result.json."""
     return json.loads((out / "result.json").read_text())
 
 
 def rows(out):
+    """The rows of a run's log, metrics.jsonl."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def losses_of(out):
+    """The logged losses of a run, in order."""
+    return [row["loss"] for row in rows(out) if "loss" in row]
+
+
+def steps_with(out, key):
+    """The steps of those rows of a run's log that have `key`."""
+    return [row["step"] for row in rows(out) if key in row]
+
+
+def dataset_of(out, split="train"):
+    """The data set of a run, as the run read it, and the settings of the run."""
+    _, task, tokenizer, settings = evaluation.load_run(out)
+    data = load_dataset(task, split, tokenizer, settings["max_length"], settings["data_dir"])
+    return data, settings
+
+
 def trained(out):
-    """What two runs must share, bit for bit: tensors, and the rows of the log without their timings."""
-    files = sorted(out.rglob("*.safetensors"))
-    tensors = {str(f.relative_to(out)): load_file(f) for f in files}
-    log = [{k: v for k, v in row.items() if k != "examples_per_second"} for row in rows(out)]
+    """What two equal runs share bit for bit: all tensors, and the log without its timings."""
+    tensors = {}
+    for path in sorted(out.rglob("*.safetensors")):
+        tensors[str(path.relative_to(out))] = load_file(path)
+    log = rows(out)
+    for row in log:
+        row.pop("examples_per_second", None)
     return tensors, log
 
 
 def same(a, b):
-    (ta, la), (tb, lb) = trained(a), trained(b)
-    assert la == lb and ta.keys() == tb.keys() and len(ta) >= 3
-    for name in ta:
-        assert ta[name].keys() == tb[name].keys()
-        for key in ta[name]:
-            assert torch.equal(ta[name][key], tb[name][key]), (name, key)
+    """Assert that two run folders hold the same run, bit for bit."""
+    tensors_a, log_a = trained(a)
+    tensors_b, log_b = trained(b)
+    assert log_a == log_b
+    assert tensors_a.keys() == tensors_b.keys()
+    assert len(tensors_a) >= 3
+    for path in tensors_a:
+        assert tensors_a[path].keys() == tensors_b[path].keys()
+        for name in tensors_a[path]:
+            assert torch.equal(tensors_a[path][name], tensors_b[path][name]), (path, name)
 
 
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
+    """A folder with one finished run of each method, named like the method."""
     folder = tmp_path_factory.mktemp("finished")
     for method in prune.METHODS:
-        run(tiny, folder / method, "--method", method, "--lr", 1e-3)
+        run(tiny, folder / method, method=method, lr=1e-3)
     return folder
 
 
-def test_run_folder(tiny, finished):
+def test_run_folder(finished):
+    """A run leaves a result, its settings, a log of every step, and a model of the density said."""
     for method in prune.METHODS:
         out = finished / method
-        result = json.loads((out / "result.json").read_text())
+        result = result_of(out)
         assert list(result) == RESULT
-        assert result["steps"] == 26 and result["epochs"] == 2 and result["task"] == "pairs"  # ceil(203 / 16) * 2
+        assert result["steps"] == 26  # 2 epochs of ceil(203 / 16) steps
+        assert result["epochs"] == 2
+        assert result["task"] == "pairs"
         assert set(result["metrics"]) == {"accuracy", "f1"}
         assert set(result["best"]) == {"metrics", "step"}
         config = json.loads((out / "config.json").read_text())
-        assert config["settings"]["method"] == method and config["settings"]["epochs"] == 2
+        assert config["settings"]["method"] == method
+        assert config["settings"]["epochs"] == 2
         assert config["versions"]["torch"] == torch.__version__
-        log = rows(out)
-        assert [row["step"] for row in log if "loss" in row] == list(range(1, 27))
-        assert [row["step"] for row in log if "metrics" in row] == [13, 26]
-        assert log[-1]["metrics"] == result["metrics"]
-        kept, sizes = evaluation.kept_weights(evaluation.load_run(out)[0])
-        assert kept.sum() == round(result["achieved_density"] * sizes.sum())  # counted in the file
+        assert steps_with(out, "loss") == list(range(1, 27))
+        assert steps_with(out, "metrics") == [13, 26]
+        assert rows(out)[-1]["metrics"] == result["metrics"]
+        model = evaluation.load_run(out)[0]
+        kept, sizes = evaluation.kept_weights(model)
+        assert kept.sum() == round(result["achieved_density"] * sizes.sum())
+
+
+def test_the_density_of_smp_falls_to_the_one_asked_for(finished):
+    """SMP-S starts near density 1 and ends at 0.1, less at most one weight for each matrix."""
     out = finished / "smp-s"
-    n = sum(x.numel() for name, x in load_file(out / "scores.safetensors").items() if "mask" in name)
-    assert abs(json.loads((out / "result.json").read_text())["achieved_density"] - 0.1) < 18 / n
+    tensors = load_file(out / "scores.safetensors")
+    weights = sum(tensor.numel() for name, tensor in tensors.items() if "mask" in name)
+    assert abs(result_of(out)["achieved_density"] - 0.1) < 18 / weights
     assert rows(out)[0]["density"] > 0.8
 
 
 def test_pretrained_weights_do_not_move(tiny, finished):
-    """Every saved weight of an SMP run is the pretrained one, bit for bit, or a masked exact zero."""
-    before, after = read_checkpoint(tiny[1]), read_checkpoint(finished / "smp-s" / "model")
+    """Each weight that SMP saves is the pretrained one, bit for bit, or 0.0 where it is masked.
+
+    The pooler is not saved, because SMP does not use it.
+    """
+    before = read_checkpoint(tiny[1])
+    after = read_checkpoint(finished / "smp-s" / "model")
     scores = load_file(finished / "smp-s" / "scores.safetensors")
-    assert before.keys() - after.keys() == {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}  # not read, not kept
+    pooler = {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    assert before.keys() - after.keys() == pooler
     masked = 0
     for name, tensor in after.items():
+        expected = before[name]
         mask = scores.get(name.removesuffix("weight") + "mask")
-        masked += mask is not None
-        assert torch.equal(tensor, before[name] if mask is None else before[name] * mask)
+        if mask is not None:
+            expected = expected * mask
+            masked += 1
+        assert torch.equal(tensor, expected)
     assert masked == 18
 
 
 def test_bf16_computes_and_fp32_remembers(tiny, finished, tmp_path):
-    """Under autocast the losses are those of fp32 to 2%, not to the bit; scores and weights stay float32."""
-    run(tiny, tmp_path / "run", "--method", "smp-s", "--lr", 1e-3, "--dtype", "bf16")
-    logs = zip(rows(tmp_path / "run"), rows(finished / "smp-s"), strict=True)
-    pairs = [(a["loss"], b["loss"]) for a, b in logs if "loss" in a]
-    assert pairs[0][0] != pairs[0][1] and all(abs(a / b - 1) < 0.02 for a, b in pairs[:5])
+    """With bf16 the losses are within 2% of those with fp32, but not equal to them.
+
+    What is saved is float32 all the same.
+    """
+    run(tiny, tmp_path / "run", method="smp-s", lr=1e-3, dtype="bf16")
+    ours = losses_of(tmp_path / "run")
+    theirs = losses_of(finished / "smp-s")
+    assert len(ours) == len(theirs)
+    assert ours[0] != theirs[0]
+    for a, b in zip(ours[:5], theirs[:5], strict=True):
+        assert abs(a / b - 1) < 0.02
     for path in (tmp_path / "run").rglob("*.safetensors"):
-        assert all(t.dtype in (torch.float32, torch.bool) for t in load_file(path).values())
-    assert train.pick_dtype(torch.device("cpu")) in ("bf16", "fp32") and train.pick_dtype(torch.device("mps")) == "fp32"
+        for tensor in load_file(path).values():
+            assert tensor.dtype in (torch.float32, torch.bool)
+
+
+def test_the_data_type_follows_the_device():
+    """A CPU computes in bf16 or fp32, by what it can do; Apple's MPS computes in fp32."""
+    assert pick_dtype(CPU) in ("bf16", "fp32")
+    assert pick_dtype(torch.device("mps")) == "fp32"
 
 
 @pytest.mark.parametrize("method", ["smp-s", "movement", "magnitude"])
 def test_sweep_of_densities(tiny, finished, method, capsys):
-    """At the density of training the sweep is the run; the counts are those asked for; at 1 SMP is the base model."""
+    """A finished run can be evaluated at other densities, which are then exactly met.
+
+    At the density of training the result is the run's. At density 1 SMP is the pretrained model.
+    A run whose method keeps no scores is refused, and so is a density that is no number.
+    """
     data = ["--data-dir", tiny[5]]
-    assert evaluation.main([str(finished / method), "--density", "1", "0.1", "0.5", *data]) == 0
-    whole, same, half = capsys.readouterr().out.strip().split("\n")
-    result = json.loads((finished / method / "result.json").read_text())
-    assert same == f"density 0.1, achieved {result['achieved_density']:.4f}: {evaluation.show(result['metrics'])}"
+    out = finished / method
+    assert report.main([str(out), "--density", "1", "0.1", "0.5", *data]) == 0
+    whole, trained_at, half = capsys.readouterr().out.strip().split("\n")
+    result = result_of(out)
+    achieved, metrics = result["achieved_density"], evaluation.show(result["metrics"])
+    assert trained_at == f"density 0.1, achieved {achieved:.4f}: {metrics}"
     assert whole.startswith("density 1, achieved 1.0000: ")
     assert 0.499 < float(half.removeprefix("density 0.5, achieved ").split(":")[0]) <= 0.5
     if method == "smp-s":
-        task = evaluation.load_run(finished / method)[1]
+        task = evaluation.load_run(out)[1]
         tokenizer = evaluation.load_tokenizer(tiny[1], 120)
         model = load_model(tiny[1], "words", words=word_ids(tokenizer, task.words))
         dev = evaluation.load_dev(task, tokenizer, 24, tiny[5])
-        assert whole.endswith(evaluation.show(evaluation.evaluate(model, task, dev, torch.device("cpu"), "fp32")))
-    assert evaluation.main([str(finished / "pins"), "--density", "0.5", *data]) == 2
-    assert evaluation.main([str(finished / method), "--density", "nan", *data]) == 2
-    assert "nothing to rank anew" in (said := capsys.readouterr().err) and "(0, 1]" in said
+        metrics = evaluation.evaluate(model, task, dev, CPU, "fp32")
+        assert whole.endswith(evaluation.show(metrics))
+
+    assert report.main([str(finished / "pins"), "--density", "0.5", *data]) == 2
+    assert report.main([str(out), "--density", "nan", *data]) == 2
+    said = capsys.readouterr().err
+    assert "nothing to rank anew" in said
+    assert "(0, 1]" in said
 
 
-def test_plot(tiny, finished, tmp_path, capsys, monkeypatch):
-    """Densities of a mask with one head and one row emptied; the picture, or one sentence that says what it needs."""
+def test_densities_of_matrices_and_heads(finished):
+    """The densities of each matrix and each attention head are those counted by hand.
+
+    Here the rows of one head in the Q, K and V of one layer are set to zero.
+    """
     model = evaluation.load_run(finished / "dense")[0]
-    attention = model.bert.encoder["layer"][1].attention["self"]
-    query, key, value = attention.query.weight, attention.key.weight, attention.value.weight
-    size = len(query) // model.config.num_attention_heads
+    attention = model.layers[1].attention["self"]
+    width = len(attention.query.weight)
+    size = width // model.config.num_attention_heads
     with torch.no_grad():
-        for weight in (query, key, value):
-            weight[:size] = 0
-    (kept, sizes), per_head = evaluation.kept_weights(model), evaluation.head_densities(model)
-    assert kept.sum() == sizes.sum() - 3 * size * len(query) and (kept / sizes)[1, 0] == 1 - size / len(query)
-    assert per_head[1, 0] == 0.25 and per_head.sum() == per_head.size - 0.75
+        for linear in (attention.query, attention.key, attention.value):
+            linear.weight[:size] = 0
+    kept, sizes = evaluation.kept_weights(model)
+    assert kept.sum() == sizes.sum() - 3 * size * width
+    assert (kept / sizes)[1, 0] == 1 - size / width
+    per_head = report.head_densities(model)
+    assert per_head[1, 0] == 0.25  # of its Q, K, V and O only O is left
+    assert per_head.sum() == per_head.size - 0.75
+
+
+def test_plot(finished, tmp_path, capsys, monkeypatch):
+    """--plot writes a PNG; without matplotlib one sentence says what to install."""
     path = tmp_path / "run.png"
+    argv = [str(finished / "smp-s"), "--plot", str(path)]
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib.figure", None)
-        assert evaluation.main([str(finished / "smp-s"), "--plot", str(path)]) == 2
-        assert "pip install matplotlib" in capsys.readouterr().err and not path.exists()
+        assert report.main(argv) == 2
+        assert "pip install matplotlib" in capsys.readouterr().err
+        assert not path.exists()
     pytest.importorskip("matplotlib")
-    assert evaluation.main([str(finished / "smp-s"), "--plot", str(path)]) == 0
+    assert report.main(argv) == 0
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_same_seed_same_run(tiny, finished, tmp_path):
-    run(tiny, tmp_path / "again", "--method", "smp-s", "--lr", 1e-3)
+    """Two runs with one seed are equal bit for bit; a run with another seed is not."""
+    run(tiny, tmp_path / "again", method="smp-s", lr=1e-3)
     same(tmp_path / "again", finished / "smp-s")
-    run(tiny, tmp_path / "other", "--method", "smp-s", "--seed", 1)
-    a, b = (load_file(f / "scores.safetensors") for f in (tmp_path / "other", finished / "smp-s"))
+    run(tiny, tmp_path / "other", method="smp-s", seed=1)
+    a = load_file(tmp_path / "other" / "scores.safetensors")
+    b = load_file(finished / "smp-s" / "scores.safetensors")
     assert any(not torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("method", ["dense", "smp-s", "l0", "pins"])
 def test_killed_and_resumed_is_uninterrupted(tiny, finished, tmp_path, method):
-    """kill -9 at random moments, a torn log line, a stray temporary file: the same run in the end, bit for bit."""
+    """A run that is killed (kill -9) at a random moment and resumed ends as an unbroken run does.
+
+    This holds bit for bit. A torn last line of the log and a temporary file that the kill left
+    behind do no harm.
+    """
     out = tmp_path / "run"
     flags = [*tiny, "--method", method, "--lr", "1e-3", "--out", str(out)]
     command = [sys.executable, str(ROOT / "train.py"), *flags, "--resume"]
@@ -178,282 +290,398 @@ def test_killed_and_resumed_is_uninterrupted(tiny, finished, tmp_path, method):
     process.wait()
     with open(out / "metrics.jsonl", "a") as log:
         log.write('{"step": 1')
-    shutil.copy(out / "checkpoint.safetensors", out / ".checkpoint.safetensors.1.tmp")
+    stray = out / ".checkpoint.safetensors.1.tmp"
+    shutil.copy(out / "checkpoint.safetensors", stray)
     assert train.main([*flags, "--resume"]) == 0
-    (out / ".checkpoint.safetensors.1.tmp").unlink()
+    stray.unlink()
     same(out, finished / method)
 
 
-def test_terminated_run_saves_first(tiny, finished, tmp_path, monkeypatch):
-    """SIGTERM in step 7: the step is finished, a checkpoint written, status 143; --resume needs no other flag."""
-    update = prune.SMPShared.update
+def interrupted_at(last, update):
+    """A method's `update` that raises SIGTERM in this process after step `last`."""
 
     def interrupt(self, step):
         update(self, step)
-        if step == 7:
+        if step == last:
             signal.raise_signal(signal.SIGTERM)
 
+    return interrupt
+
+
+def test_terminated_run_saves_first(tiny, finished, tmp_path, monkeypatch):
+    """On SIGTERM a run finishes its step, writes a checkpoint and ends with status 143.
+
+    `--out RUN --resume` continues it to the end. Given again, it leaves the finished run as it is.
+    """
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(prune.SMPShared, "update", interrupt)
+        patch.setattr(prune.SMPShared, "update", interrupted_at(7, prune.SMPShared.update))
         assert train.main([*tiny, "--lr", "1e-3", "--out", str(out)]) == 128 + signal.SIGTERM
-    assert rows(out)[-1]["step"] == 7 and not (out / "result.json").exists()
-    assert train.main(["--out", str(out), "--resume"]) == 0
-    same(out, finished / "smp-s")
-    assert train.main(["--out", str(out), "--resume"]) == 0  # of a finished run: the same result again
-    same(out, finished / "smp-s")
+    assert rows(out)[-1]["step"] == 7
+    assert not (out / "result.json").exists()
+    for _ in range(2):
+        assert train.main(["--out", str(out), "--resume"]) == 0
+        same(out, finished / "smp-s")
 
 
 def test_micro_batches_change_nothing(tiny, tmp_path):
-    """The gradient of a batch in three pieces is the batch's, short last batch included."""
-    flags = ("--dropout", 0, "--method", "dense", "--max-steps", 14)
-    run(tiny, tmp_path / "whole", *flags)
-    run(tiny, tmp_path / "pieces", *flags, "--grad-accum", 3)
-    a, b = ([row["loss"] for row in rows(tmp_path / out) if "loss" in row] for out in ("whole", "pieces"))
-    assert np.abs(np.array(a) - b).max() < 1e-5
+    """Each loss is the same when a batch is computed in three pieces, also for a short batch."""
+    options = {"dropout": 0, "method": "dense", "max_steps": 14}
+    run(tiny, tmp_path / "whole", **options)
+    run(tiny, tmp_path / "pieces", **options, grad_accum=3)
+    whole = np.array(losses_of(tmp_path / "whole"))
+    pieces = np.array(losses_of(tmp_path / "pieces"))
+    assert np.abs(whole - pieces).max() < 1e-5
 
 
 def test_two_processes_are_one(tiny, tmp_path):
-    """torchrun on two: the loss of one process to 1e-5 over 50 steps, masks bit-identical on both ranks throughout."""
-    flags = [*tiny, "--method", "smp-s", "--dropout", "0", "--max-steps", "50", "--eval-every", "25"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASK_LOG": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
+    """Two processes have the losses of one process, to 1e-5 over 50 steps.
+
+    At every step the masks of both processes are equal bit for bit.
+    """
+    options = {"method": "smp-s", "dropout": 0, "max_steps": 50, "eval_every": 25}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MASK_LOG": str(tmp_path),
+        "PYTHONPATH": str(ROOT),
+    }
     for n in (1, 2):
-        worker = [*torchrun, str(n), "--master-port", str(random.randint(20000, 60000)), __file__]
-        done = subprocess.run(
-            [*worker, *flags, "--out", str(tmp_path / str(n))], env=environment, capture_output=True, text=True
-        )
+        port = random.randint(20000, 60000)
+        command = [sys.executable, "-m", "torch.distributed.run"]
+        command += ["--nproc-per-node", str(n), "--master-port", str(port), __file__]
+        command += [*tiny, *flags_of(**options), "--out", str(tmp_path / str(n))]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    one, two = ([row["loss"] for row in rows(tmp_path / n) if "loss" in row] for n in "12")
-    assert len(one) == 50 and np.abs(np.array(one) - two).max() < 1e-5
-    masks = [(tmp_path / f"masks-2-{rank}").read_text().split() for rank in (0, 1)]
-    assert masks[0] == masks[1] and len(set(masks[0])) > 40 and len(masks[0]) == 51
-    one, two = (json.loads((tmp_path / n / "result.json").read_text()) for n in "12")
-    assert one["achieved_density"] == two["achieved_density"]
+    one = np.array(losses_of(tmp_path / "1"))
+    two = np.array(losses_of(tmp_path / "2"))
+    assert len(one) == 50
+    assert np.abs(one - two).max() < 1e-5
+    first, second = [(tmp_path / f"masks-2-{rank}").read_text().split() for rank in (0, 1)]
+    assert first == second
+    assert len(first) == 51  # one before each step and one after the last
+    assert len(set(first)) > 40  # the masks do change
+    densities = [result_of(tmp_path / n)["achieved_density"] for n in ("1", "2")]
+    assert densities[0] == densities[1]
 
 
 def test_teacher(tiny, finished, tmp_path, capsys):
-    """Half of the first loss comes from the saved teacher, whose score is printed before it teaches."""
+    """The first loss is the distillation loss with the saved teacher's logits.
+
+    The teacher's metrics are printed before it teaches.
+    """
     out = tmp_path / "student"
-    run(tiny, out, "--method", "smp-s", "--teacher", finished / "dense", "--dropout", 0, "--max-steps", 1)
-    assert f"teacher {finished / 'dense'}: accuracy" in capsys.readouterr().out.split("dev:")[0]
-    teacher, task, tokenizer, s = evaluation.load_run(finished / "dense")
-    data = load_dataset(task, "train", tokenizer, s["max_length"], s["data_dir"])
-    batch = collate(data, batches(data.lengths, s["batch_size"], s["seed"], 0)[0])
+    dense = finished / "dense"
+    run(tiny, out, method="smp-s", teacher=dense, dropout=0, max_steps=1)
+    assert f"teacher {dense}: accuracy" in capsys.readouterr().out.split("dev:")[0]
+
+    teacher, task, tokenizer, _ = evaluation.load_run(dense)
+    data, settings = dataset_of(dense)
+    places = batches(data.lengths, settings["batch_size"], settings["seed"], 0)[0]
+    batch = collate(data, places)
     student = load_model(tiny[1], "words", words=word_ids(tokenizer, task.words))
-    inputs = evaluation.inputs(batch, torch.device("cpu"))
+    tensors = inputs(batch, CPU)
     with torch.no_grad():
-        logits, taught = student.eval()(**inputs), teacher.eval()(**inputs)
-    loss = prune.distill(torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none"), logits, taught)
-    assert rows(out)[0]["loss"] == pytest.approx(float(loss.mean()), abs=1e-5)
+        logits = student.eval()(**tensors)
+        taught = teacher.eval()(**tensors)
+    ce = torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
+    loss = prune.distill(ce, logits, taught)
+    assert losses_of(out)[0] == pytest.approx(float(loss.mean()), abs=1e-5)
 
 
 def test_every_method_takes_a_teacher(tiny, finished, tmp_path):
+    """Methods of each family keep the teacher's logits for all 203 examples in their checkpoint."""
+    dense = finished / "dense"
     for method in ("movement", "l0", "pins"):
-        run(tiny, tmp_path / method, "--method", method, "--teacher", finished / "dense", "--max-steps", 2)
-        taught = load_file(tmp_path / method / "checkpoint.safetensors")["teacher"]
-        assert taught.shape == (203, 2) and torch.equal(taught, taught_by(finished / "dense" / "model", finished))
+        out = tmp_path / method
+        run(tiny, out, method=method, teacher=dense, max_steps=2)
+        taught = load_file(out / "checkpoint.safetensors")["teacher"]
+        assert taught.shape == (203, 2)
+        assert torch.equal(taught, taught_by(dense / "model", finished))
 
 
-def taught_by(folder, finished, max_tokens=None):
-    """The logits of the classifier in `folder` on train, computed anew."""
-    _, task, tokenizer, s = evaluation.load_run(finished / "dense")
-    data = load_dataset(task, "train", tokenizer, s["max_length"], s["data_dir"])
+def taught_by(folder, finished):
+    """The logits (N, K) of the classifier in `folder` on the training set, computed anew."""
+    data, _ = dataset_of(finished / "dense")
     model = load_model(folder, "classifier", 2, new_head=False)
-    return evaluation.predict(model, data, torch.device("cpu"), "fp32", max_tokens)
+    return evaluation.predict(model, data, CPU, "fp32")
 
 
 def test_self_teacher_is_its_best_checkpoint(tiny, finished, tmp_path, monkeypatch):
-    """A new teacher at each better evaluation and at no other; its table is, bit for bit, what the checkpoint says of
-    each example in the same batches, to 1e-5 in others, also after a resume; and each is computed once."""
-    tables, table_of = [], train.targets
+    """A run that teaches itself takes a new teacher at each better evaluation, and at no other.
+
+    The teacher's table holds the logits of that checkpoint: bit for bit when they are computed in
+    the same batches, to 1e-5 in others. After an interruption and a resume the tables are the same,
+    and none is computed twice. Until the first teacher, the run is one without a teacher.
+    """
+    tables = []
+    targets = train.targets
 
     def noted(model, *rest):
+        """Compute a table as train.py does, but save the model and keep the table."""
         folder = tmp_path / f"teacher-{len(tables)}"
         train.save_model(folder, model, train.baked_state(model), tiny[1], ("no", "yes"))
-        tables.append(table_of(model, *rest))
+        tables.append(targets(model, *rest))
         return tables[-1]
 
-    update = prune.Pins.update
-
-    def interrupt(self, step):
-        update(self, step)
-        if step == 6:
-            signal.raise_signal(signal.SIGTERM)
-
-    flags = [*tiny, *"--method pins --lr 3e-4 --seed 1 --eval-every 1 --dropout 0 --out".split()]
+    options = {"method": "pins", "lr": 3e-4, "seed": 1, "eval_every": 1, "dropout": 0}
     out = tmp_path / "run"
+    again = tmp_path / "again"
     with monkeypatch.context() as patch:
         patch.setattr(train, "targets", noted)
-        assert train.main([*flags, str(out)]) == 0
+        run(tiny, out, **options)
         assert len(tables) >= 4
-        log, best, steps = rows(out), -1.0, []
-        for row in log:
+        best = -1.0
+        better = []  # the steps after which the student is better than ever, but for the last step
+        for row in rows(out):
             if "metrics" in row and row["metrics"]["accuracy"] > best and row["step"] < 26:
                 best = row["metrics"]["accuracy"]
-                steps.append(row["step"])
-        assert [row["step"] for row in log if "teacher" in row] == steps and len(tables) == len(steps)
+                better.append(row["step"])
+        assert steps_with(out, "teacher") == better
+        assert len(tables) == len(better)
         for i, table in enumerate(tables):
-            assert torch.equal(table, taught_by(tmp_path / f"teacher-{i}", finished))
-            assert (table - taught_by(tmp_path / f"teacher-{i}", finished, 150)).abs().max() < 1e-5
+            folder = tmp_path / f"teacher-{i}"
+            assert torch.equal(table, taught_by(folder, finished))
+            with monkeypatch.context() as inner:
+                inner.setitem(evaluation.MAX_TOKENS, "cpu", 150)
+                assert (table - taught_by(folder, finished)).abs().max() < 1e-5
         assert torch.equal(load_file(out / "checkpoint.safetensors")["teacher"], tables[-1])
+
         computed = len(tables)
-        patch.setattr(prune.Pins, "update", interrupt)
-        assert train.main([*flags, str(tmp_path / "again")]) == 128 + signal.SIGTERM
-        before = len(tables) - computed
-        patch.setattr(prune.Pins, "update", update)
-        assert train.main([*flags, str(tmp_path / "again"), "--resume"]) == 0
-        assert len(tables) == 2 * computed and before > 0
-    same(out, tmp_path / "again")
-    run(tiny, tmp_path / "none", *flags[len(tiny) : -1], "--teacher", "none")
-    losses = [[row["loss"] for row in rows(f) if "loss" in row] for f in (out, tmp_path / "none")]
-    assert losses[0][: steps[0]] == losses[1][: steps[0]] and losses[0][steps[0]] != losses[1][steps[0]]
+        with monkeypatch.context() as inner:
+            inner.setattr(prune.Pins, "update", interrupted_at(6, prune.Pins.update))
+            argv = [*tiny, *flags_of(**options), "--out", str(again)]
+            assert train.main(argv) == 128 + signal.SIGTERM
+        assert len(tables) > computed  # some teachers came before the interruption
+        assert train.main([*argv, "--resume"]) == 0
+        assert len(tables) == 2 * computed
+    same(out, again)
+
+    run(tiny, tmp_path / "none", **options, teacher="none")
+    taught = losses_of(out)
+    untaught = losses_of(tmp_path / "none")
+    first = better[0]
+    assert taught[:first] == untaught[:first]
+    assert taught[first] != untaught[first]
 
 
-def test_self_teacher_of_scores(tiny, tmp_path):
-    """A regression task: half the squared error to the label, half that to the teacher, at first the student itself."""
+def test_self_teacher_of_a_regression(tiny, tmp_path):
+    """In a regression half of the loss is the error to the label, half that to the teacher's value.
+
+    At the step after the student became its own teacher, the second half is 0.
+    """
     source = Path(tiny[3]).parent
     for split in ("train", "dev"):
-        lines = (source / f"{split}.tsv").read_text().replace("\tyes\n", "\t4.5\n").replace("\tno\n", "\t1.5\n")
-        (tmp_path / f"{split}.tsv").write_text(lines)
+        text = (source / f"{split}.tsv").read_text()
+        text = text.replace("\tyes\n", "\t4.5\n")
+        text = text.replace("\tno\n", "\t1.5\n")
+        (tmp_path / f"{split}.tsv").write_text(text)
     task = json.loads(Path(tiny[3]).read_text())
     del task["labels"]
-    (tmp_path / "task.json").write_text(json.dumps(task | {"range": [0, 5], "metric": ["pearson", "spearman"]}))
+    task |= {"range": [0, 5], "metric": ["pearson", "spearman"]}
+    (tmp_path / "task.json").write_text(json.dumps(task))
     flags = [*tiny[:3], str(tmp_path / "task.json"), *tiny[4:]]
-    run(flags, tmp_path / "out", *"--method pins --dropout 0 --max-steps 3 --eval-every 2".split())
-    log, table = rows(tmp_path / "out"), load_file(tmp_path / "out" / "checkpoint.safetensors")["teacher"]
-    _, task, tokenizer, s = evaluation.load_run(tmp_path / "out")
-    data = load_dataset(task, "train", tokenizer, s["max_length"], s["data_dir"])
-    batch = batches(data.lengths, s["batch_size"], s["seed"], 0)[2]
-    error = (table[batch] - torch.from_numpy(data.labels[batch])) ** 2
-    assert table.shape == (203,) and [row["step"] for row in log if "teacher" in row] == [2]
-    assert [row["loss"] for row in log if "loss" in row][2] == pytest.approx(0.5 * float(error.mean()), rel=1e-4)
+    out = tmp_path / "out"
+    run(flags, out, method="pins", dropout=0, max_steps=3, eval_every=2)
+
+    table = load_file(out / "checkpoint.safetensors")["teacher"]
+    assert table.shape == (203,)
+    assert steps_with(out, "teacher") == [2]
+    data, settings = dataset_of(out)
+    third = batches(data.lengths, settings["batch_size"], settings["seed"], 0)[2]
+    error = (table[third] - torch.from_numpy(data.labels[third])) ** 2
+    assert losses_of(out)[2] == pytest.approx(0.5 * float(error.mean()), rel=1e-4)
+
+
+def texts_of(data):
+    """The token ids of each example of a data set, as tuples."""
+    return [tuple(data.ids[data.starts[i] : data.starts[i + 1]]) for i in range(len(data))]
 
 
 def test_self_teacher_from_a_dense_run_on_a_held_out_part(tiny, finished, tmp_path):
-    """`self:RUN` is taught by the run until it is better itself; what is held out of train is not trained on."""
-    flags = ("--method", "pins", "--teacher", f"self:{finished / 'dense'}", "--teacher-split", 0.2, "--lr", 1e-7)
-    run(tiny, tmp_path / "out", *flags)
-    table = load_file(tmp_path / "out" / "checkpoint.safetensors")["teacher"]
-    everything = taught_by(finished / "dense" / "model", finished)
-    assert not [row for row in rows(tmp_path / "out") if "teacher" in row]  # a student that stands still is not better
-    _, task, tokenizer, s = evaluation.load_run(finished / "dense")
-    data = load_dataset(task, "train", tokenizer, s["max_length"], s["data_dir"])
+    """With `self:RUN` the run's logits teach until the student is better than the run.
+
+    With --teacher-split that is judged on a part of the training set, which is not trained on.
+    """
+    out = tmp_path / "out"
+    dense = finished / "dense"
+    run(tiny, out, method="pins", teacher=f"self:{dense}", teacher_split=0.2, lr=1e-7)
+    assert steps_with(out, "teacher") == []  # with so small an lr the student gets no better
+    data, _ = dataset_of(dense)
     rest, held = data.split(0.2, 0)
+    table = load_file(out / "checkpoint.safetensors")["teacher"]
     assert (len(table), len(rest), len(held)) == (162, 162, 41)
-    texts = [[tuple(d.ids[d.starts[i] : d.starts[i + 1]]) for i in range(len(d))] for d in (data, rest, held)]
-    assert sorted(texts[0]) == sorted(texts[1] + texts[2])
-    where = [texts[0].index(text) for text in texts[1]]
+    texts = texts_of(data)
+    assert sorted(texts) == sorted(texts_of(rest) + texts_of(held))
+    where = [texts.index(text) for text in texts_of(rest)]
+    everything = taught_by(dense / "model", finished)
     assert (table - everything[where]).abs().max() < 1e-5
-    assert np.array_equal(data.labels[where], rest.labels) and np.array_equal(data.second[where], rest.second)
+    assert np.array_equal(data.labels[where], rest.labels)
+    assert np.array_equal(data.second[where], rest.second)
 
 
 def test_learning_rate():
+    """The factor rises linearly from 0 to 1 during the warm-up, then falls linearly towards 0."""
     factors = [lr_at(t, 100, 0.1) for t in range(100)]
-    assert factors[0] == 0 and factors[10] == 1 and factors[55] == pytest.approx(0.5) and factors[99] == 1 / 90
+    assert factors[0] == 0
+    assert factors[10] == 1
+    assert factors[55] == pytest.approx(0.5)
+    assert factors[99] == 1 / 90
     assert [lr_at(t, 40, 0.0) for t in range(40)] == [(40 - t) / 40 for t in range(40)]
 
 
-def test_recipes_are_the_published_ones():
-    def of(**given):
-        return train.settings_from(given)
+def settings_of(**given):
+    """The settings that train.py has with these flags and its recipe for all others."""
+    return train.settings_from(given)
 
-    s = of(task="mnli", method="smp-s", density=0.1)
-    assert (s.epochs, s.batch_size, s.score_lr, s.reg_lambda, s.max_length) == (12, 64, 2e-2, 400.0, 128)
-    steps = 73_632  # of MNLI: 12 epochs of 6,136
-    assert abs(s.ramp * steps - 43_632) < 50
-    assert abs(of(task="mnli", density=0.7).ramp * steps - 5_250) < 50
-    assert abs(of(task="mnli", density=0.8).ramp * steps - 3_500) < 50
-    assert (of(task="rte").epochs, of(task="mrpc").epochs, of(task="mrpc").batch_size) == (100, 60, 32)
-    temperatures = {0.03: 1, 0.5: 1, 0.7: 4, 0.8: 4}
-    assert {v: of(task="qqp", density=v).temperature_s for v in temperatures} == temperatures
-    assert of(task="mnli", density=0.5).temperature_s == 3
-    assert of(task="mnli", density=0.5, teacher="x").temperature_s == 1
-    assert of(task="cola", method="dense").density == 1 and of(task="cola", score_lr=0.5).score_lr == 0.5
 
-    s = of(task="mnli", method="movement")  # published for SQuAD: 55,400 steps
+def test_the_recipe_of_smp_is_the_published_one():
+    """The defaults of SMP are those of its released run scripts, by task and density."""
+    s = settings_of(task="mnli", method="smp-s", density=0.1)
+    assert (s.epochs, s.batch_size, s.max_length) == (12, 64, 128)
+    assert (s.score_lr, s.reg_lambda) == (2e-2, 400.0)
+    steps = 73_632  # MNLI has 12 epochs of 6,136 steps
+    for density, falling in ((0.1, 43_632), (0.7, 5_250), (0.8, 3_500)):
+        ramp = settings_of(task="mnli", density=density).ramp
+        assert abs(ramp * steps - falling) < 50
+    assert settings_of(task="rte").epochs == 100
+    assert settings_of(task="mrpc").epochs == 60
+    assert settings_of(task="mrpc").batch_size == 32
+    for density, temperature in ((0.03, 1), (0.5, 1), (0.7, 4), (0.8, 4)):
+        assert settings_of(task="qqp", density=density).temperature_s == temperature
+    assert settings_of(task="mnli", density=0.5).temperature_s == 3
+    assert settings_of(task="mnli", density=0.5, teacher="x").temperature_s == 1
+
+
+def test_flags_and_methods_change_the_recipe():
+    """A dense run keeps every weight. A flag goes before the recipe."""
+    assert settings_of(task="cola", method="dense").density == 1
+    assert settings_of(task="cola", score_lr=0.5).score_lr == 0.5
+
+
+def test_the_recipe_of_movement_pruning_is_the_published_one():
+    """The defaults of movement pruning and L0 are the published ones for SQuAD, 55,400 steps."""
+    s = settings_of(task="mnli", method="movement")
+    steps = 55_400
     assert (s.epochs, s.batch_size, s.lr, s.score_lr) == (10, 16, 3e-5, 1e-2)
-    assert abs(s.warmup * 55_400 - 5_400) < 5 and s.hold == s.warmup
-    assert abs((1 - s.hold - s.ramp) * 55_400 - 10_800) < 10
-    soft, l0 = of(task="mnli", method="soft-movement"), of(task="mnli", method="l0")
-    assert (soft.density, soft.reg_lambda, l0.density, l0.reg_lambda, l0.score_lr) == (None, 400.0, None, 125.0, 0.1)
-    s, steps = of(task="rte", method="pins"), 20 * 156
+    assert abs(s.warmup * steps - 5_400) < 5
+    assert s.hold == s.warmup
+    assert abs((1 - s.hold - s.ramp) * steps - 10_800) < 10
+    soft = settings_of(task="mnli", method="soft-movement")
+    assert (soft.density, soft.reg_lambda) == (None, 400.0)
+    l0 = settings_of(task="mnli", method="l0")
+    assert (l0.density, l0.reg_lambda, l0.score_lr) == (None, 125.0, 0.1)
+
+
+def test_the_recipe_of_pins_is_the_published_one():
+    """The defaults of PINS are the published ones for RTE."""
+    s = settings_of(task="rte", method="pins")
+    steps = 20 * 156
     assert (s.epochs, s.batch_size, s.lr, s.density, s.teacher) == (20, 16, 3e-5, 0.2, "self")
     assert (s.beta1, s.beta2, s.pins_window) == (0.85, 0.99, 10)
-    assert abs(s.warmup * steps - 200) < 1 and s.hold == s.warmup and abs((1 - s.hold - s.ramp) * steps - 1_200) < 2
+    assert abs(s.warmup * steps - 200) < 1
+    assert s.hold == s.warmup
+    assert abs((1 - s.hold - s.ramp) * steps - 1_200) < 2
 
 
-def test_evaluation_agrees_with_the_run(tiny, finished, capsys):
-    """The saved folder, read by code that knows no masks, scores what the run measured in training."""
+def test_evaluation_agrees_with_the_run(finished, capsys):
+    """The saved model, which has no masks, has the metrics that the run measured in training.
+
+    eval.py prints them.
+    """
     for method in prune.METHODS:
-        result = json.loads((finished / method / "result.json").read_text())
-        model, task, tokenizer, s = evaluation.load_run(finished / method)
-        dev = evaluation.load_dev(task, tokenizer, s["max_length"], s["data_dir"])
-        assert evaluation.evaluate(model, task, dev, torch.device("cpu"), "fp32") == result["metrics"]
-        if method not in ("dense", "smp-s"):
-            continue
-        assert evaluation.main([str(finished / method), "--data-dir", s["data_dir"]]) == 0
-        assert f"accuracy     {100 * result['metrics']['accuracy']:.2f}" in capsys.readouterr().out
+        out = finished / method
+        metrics = result_of(out)["metrics"]
+        model, task, tokenizer, settings = evaluation.load_run(out)
+        data_dir = settings["data_dir"]
+        dev = evaluation.load_dev(task, tokenizer, settings["max_length"], data_dir)
+        assert evaluation.evaluate(model, task, dev, CPU, "fp32") == metrics
+        if method in ("dense", "smp-s"):
+            assert evaluation.main([str(out), "--data-dir", data_dir]) == 0
+            printed = capsys.readouterr().out
+            assert f"accuracy     {100 * metrics['accuracy']:.2f}" in printed
 
 
-def test_predictions_file(tiny, finished, tmp_path):
-    """index<TAB>prediction from 0 in file order, in the task's spelling, whatever the batching."""
+def test_predictions_file(finished, tmp_path):
+    """The predictions file has index<TAB>prediction in the file's order, in the task's words.
+
+    The batches, which have another order, do not change this.
+    """
     path = tmp_path / "pairs.tsv"
-    s = json.loads((finished / "dense" / "config.json").read_text())["settings"]
-    flags = ["--predictions", str(path), "--split", "dev", "--data-dir", s["data_dir"]]
-    assert evaluation.main([str(finished / "dense"), *flags]) == 0
+    dense = finished / "dense"
+    settings = json.loads((dense / "config.json").read_text())["settings"]
+    flags = ["--predictions", str(path), "--split", "dev", "--data-dir", settings["data_dir"]]
+    assert evaluation.main([str(dense), *flags]) == 0
     header, *lines = path.read_text().splitlines()
-    assert header == "index\tprediction" and [line.split("\t")[0] for line in lines] == [str(i) for i in range(60)]
-    truth = [line.split("\t")[2] for line in (Path(s["task_file"]).parent / "dev.tsv").read_text().splitlines()[1:]]
-    right = np.mean([line.split("\t")[1] == label for line, label in zip(lines, truth, strict=True)])
-    assert right == json.loads((finished / "dense" / "result.json").read_text())["metrics"]["accuracy"]
+    assert header == "index\tprediction"
+    indices = [line.split("\t")[0] for line in lines]
+    assert indices == [str(i) for i in range(60)]
+    predictions = [line.split("\t")[1] for line in lines]
+    source = Path(settings["task_file"]).parent / "dev.tsv"
+    labels = [line.split("\t")[2] for line in source.read_text().splitlines()[1:]]
+    right = [said == label for said, label in zip(predictions, labels, strict=True)]
+    assert np.mean(right) == result_of(dense)["metrics"]["accuracy"]
 
 
 def test_table_groups_seeds_and_nothing_else(tiny, finished, tmp_path, capsys):
-    """Two seeds make one row with mean ± std; another method or pattern is another row, also beside an older run."""
+    """Runs that differ in their seed only make one row of the table, with mean and deviation.
+
+    Another method or pattern makes another row. A run of an older version, whose config has no
+    `pattern`, is grouped with those of the default pattern.
+    """
     for seed in (0, 1):
-        run(tiny, tmp_path / f"s{seed}", "--method", "smp-l", "--epochs", 1, "--seed", seed)
-    run(tiny, tmp_path / "unit", "--method", "smp-l", "--epochs", 1, "--pattern", "unit")
+        run(tiny, tmp_path / f"s{seed}", method="smp-l", epochs=1, seed=seed)
+    run(tiny, tmp_path / "unit", method="smp-l", epochs=1, pattern="unit")
     older = json.loads((tmp_path / "s1" / "config.json").read_text())
     del older["settings"]["pattern"]
     (tmp_path / "s1" / "config.json").write_text(json.dumps(older))
     capsys.readouterr()
-    runs = [*(str(tmp_path / name) for name in ("s0", "s1", "unit")), *(str(finished / m) for m in ("smp-s", "dense"))]
-    assert evaluation.main(runs) == 0
-    lines = capsys.readouterr().out.splitlines()[2:]
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    runs = [tmp_path / name for name in ("s0", "s1", "unit")]
+    runs += [finished / method for method in ("smp-s", "dense")]
+    assert report.main([str(out) for out in runs]) == 0
+    cells = []
+    for line in capsys.readouterr().out.splitlines()[2:]:
+        cells.append([cell.strip() for cell in line.split("|")[1:-1]])
     assert [row[1] for row in cells] == ["dense", "smp-l", "smp-l (unit)", "smp-s"]
     assert [row[4] for row in cells] == ["1", "2", "1", "1"]
-    scores = [100 * json.loads((Path(r) / "result.json").read_text())["metrics"]["accuracy"] for r in runs[:2]]
-    assert cells[1][6].startswith(f"accuracy {np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f}")
+    values = [100 * result_of(out)["metrics"]["accuracy"] for out in runs[:2]]
+    expected = f"accuracy {np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+    assert cells[1][6].startswith(expected)
 
 
 def mask_log():
-    """The worker of test_two_processes_are_one: train.main, noting a hash of all masks after each update.
+    """Run train.py as a worker that writes a hash of all masks after each update to a file.
 
-    From random scores, for tiny-bert the golden runs': from all ties, Adam's first step (lr * sign(g), nearly) leaves
-    near-ties that the order of a summation decides.
+    torchrun starts this file as the worker of test_two_processes_are_one. The scores start at
+    random values, for tiny-bert at those of the golden runs. If they were all 0, Adam's first step,
+    nearly lr * sign(g), would leave scores that are almost tied, and the order in which a sum is
+    taken would decide which are kept.
     """
-    update, init = prune.SMPShared.update, prune.SMPShared.__init__
-    scores = np.load(Path(__file__).parent / "golden" / "scores_init.npz")
+    init = prune.SMPShared.__init__
+    update = prune.SMPShared.update
+    golden = np.load(Path(__file__).parent / "golden" / "scores_init.npz")
 
     def start(self, *args):
         init(self, *args)
         with torch.no_grad():
-            for i, module in enumerate(self.linears):
-                torch.nn.init.normal_(module.scores, generator=torch.Generator().manual_seed(i))
+            for i, linear in enumerate(self.linears):
+                generator = torch.Generator().manual_seed(i)
+                torch.nn.init.normal_(linear.scores, generator=generator)
             for name, module in self.model.named_modules():
-                if f"{name}.weight" in scores and scores[f"{name}.weight"].shape == module.weight.shape:
-                    module.scores.copy_(torch.from_numpy(scores[f"{name}.weight"]))
-    name = Path(os.environ["MASK_LOG"]) / f"masks-{os.environ['WORLD_SIZE']}-{os.environ['RANK']}"
+                key = f"{name}.weight"
+                if key in golden and golden[key].shape == module.weight.shape:
+                    module.scores.copy_(torch.from_numpy(golden[key]))
+
+    name = f"masks-{os.environ['WORLD_SIZE']}-{os.environ['RANK']}"
+    path = Path(os.environ["MASK_LOG"]) / name
 
     def noted(self, step):
         update(self, step)
         bits = b"".join(linear.mask.numpy().tobytes() for linear in self.linears)
-        with open(name, "a") as log:
+        with open(path, "a") as log:
             log.write(hashlib.sha256(bits).hexdigest() + "\n")
 
-    prune.SMPShared.update, prune.SMPShared.__init__ = noted, start
+    prune.SMPShared.__init__ = start
+    prune.SMPShared.update = noted
     sys.exit(train.main(sys.argv[1:]))
 
 

@@ -1,0 +1,496 @@
+"""How fast this program is, as ratios that are measured in one run.
+
+    python -m tools.bench                             every part, on the GPU if there is one
+    python -m tools.bench step select                 some of the parts
+    python -m tools.bench throughput --data-dir GLUE  on a task's texts, against the published way
+
+Each ratio is the median over alternating runs (one of ours, one of theirs, and again), so that a
+noisy machine is noisy for both. Weights are random, in the shape of a real model: MiniLM-L6-H384 on
+a CPU, BERT-base on a GPU.
+"""
+
+import copy
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data import Parser, UserError, batches, collate, encode, get_task, load_dataset
+from data import load_tokenizer, program
+from eval import predict
+from model import DEMO, Bert, BertConfig, autocast, inputs, pick_device, read_json, send, task_loss
+from prune import METHODS, kth_largest, kth_largest_on_device, mask_matrices
+from tools import deploy
+from tools.timing import alternate, clock
+from train import settings_from
+
+ROOT = Path(__file__).parent.parent  # where train.py is
+SHAPES = {
+    "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
+    "base": {},  # BertConfig's own
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LENGTHS = (128, 40)  # tokens of a made-up example
+BATCH = 32  # examples
+VOCABULARY = 30522  # tokens that BERT knows
+
+# -------------------------------------------------------------------------------------------------
+# the published way, in its plainest form
+#
+# - A full sort of every matrix in every forward.
+# - Every sentence is padded to 128 tokens, and all is in fp32.
+# - The regulariser goes through autograd.
+# - Every position of the last layer is computed.
+# - The loss is read after every step.
+
+
+class SortMask(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scores, density):
+        mask = torch.zeros_like(scores)
+        order = scores.flatten().sort(descending=True).indices  # (out, in) -> (numel,)
+        kept = order[: int(density * scores.numel())]
+        mask.view(-1)[kept] = 1
+        return mask
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class PublishedLinear(nn.Linear):
+    def __init__(self, linear, first):
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.scores = nn.Parameter(torch.full_like(linear.weight, first))
+
+    def forward(self, x):
+        weight = self.weight * SortMask.apply(self.scores, 0.1)
+        return F.linear(x, weight, self.bias)  # (..., in) -> (..., out)
+
+
+def published_step(shape, device):
+    """Return a function of a batch that does a step of SMP-L as the released code does it."""
+    config = BertConfig(**SHAPES[shape])
+    model = Bert(config, "words", words=[5, 6], pooler=False).to(device)
+    model.requires_grad_(False)
+    scores = []
+    for column in mask_matrices(model, PublishedLinear).values():
+        scores += [linear.scores for linear in column]
+    optimizer = torch.optim.AdamW(scores, lr=2e-2, weight_decay=0.0)
+    embedding = model.embeddings.word_embeddings.weight  # (V, C)
+    model.train()
+
+    def step(batch):
+        first = model.bert(**inputs(batch, device))[:, 0]  # (B, T, C) -> (B, C)
+        logits = model.cls["predictions"](first, embedding, model.words)  # (B, K)
+        loss = F.cross_entropy(logits, batch["labels"].to(device))
+        regulariser = sum(torch.sigmoid(s).mean() for s in scores)
+        loss = loss + 200.0 * regulariser / len(scores)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(scores, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+
+    return step
+
+
+# -------------------------------------------------------------------------------------------------
+# our way: the pieces of train.py's loop
+
+
+def our_step(name, shape, device, dtype):
+    """Return a function of a batch that does a step of the method `name` as train.py does it.
+
+    The first step is in the middle of the ramp.
+    """
+    Method = METHODS[name]
+    words = [5, 6] if Method.output_head == "words" else []
+    model = Bert(
+        BertConfig(**SHAPES[shape]),
+        Method.output_head,
+        outputs=2,
+        words=words,
+        pooler=not words,
+        mlm=bool(words),
+    ).to(device)
+    given = {"task": "cola", "method": name}
+    if name != "dense":
+        given["density"] = 0.1
+    method = Method(model, settings_from(given), total_steps=1000)
+    optimizer = torch.optim.AdamW(method.groups(), fused=device.type in ("cpu", "cuda"))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    model.train()
+    number = 500
+    method.update(number)
+
+    def step(batch):
+        nonlocal number
+        with autocast(device, dtype):
+            logits = model(**inputs(batch, device))  # (B, K)
+        labels = send(batch["labels"], device)
+        task_loss(logits, labels, low=0, high=1).mean().backward()
+        method.penalise(number)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        method.observe(number, lr=3e-5)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        number += 1
+        method.update(number)
+
+    return step
+
+
+def synthetic(length, size=BATCH):
+    """Return a batch of `size` random examples of `length` tokens, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1000, 20000, (size, length), generator=generator)  # (B, T)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "token_type_ids": torch.zeros_like(ids),
+        "labels": torch.arange(size) % 2,
+    }
+
+
+def pad(batch, length):
+    """Return the batch with every row padded to `length`, as the published code has it."""
+    padded = {}
+    for name, tensor in batch.items():
+        if tensor.dim() == 2:
+            tensor = F.pad(tensor, (0, length - tensor.size(1)))  # (B, T) -> (B, length)
+        padded[name] = tensor
+    return padded
+
+
+def show(what, seconds, names):
+    """Print and return the median of the ratios of the first to the last of `seconds` (repeat, n).
+
+    Their range is printed, too, and the median times of both, which `names` names.
+    """
+    ratios = seconds[:, 0] / seconds[:, -1]
+    median = float(np.median(ratios))
+    first, *_, last = 1e3 * np.median(seconds, axis=0)  # milliseconds
+    times = f"{names[0]} {first:.4g} ms, {names[1]} {last:.4g} ms"
+    span = f"{ratios.min():.3f} to {ratios.max():.3f}"
+    print(f"{what:44} {median:7.3f}  ({span}; {times})", flush=True)
+    return median
+
+
+def tokenizer_of(args):
+    """Return the tokenizer of --tokenizer, or that of the demo."""
+    return load_tokenizer(args.tokenizer or DEMO, VOCABULARY)
+
+
+# -------------------------------------------------------------------------------------------------
+# the parts: each is a function of the flags and the device
+
+
+def part_step(args, device):
+    """Compare a step of each method with one of dense fine-tuning by fused AdamW."""
+    for dtype in args.dtypes:
+        for length in LENGTHS:
+            batch = synthetic(length)
+            dense = our_step("dense", args.shape, device, dtype)
+            for method in args.methods:
+                ours = our_step(method, args.shape, device, dtype)
+                steps = [partial(ours, batch), partial(dense, batch)]
+                seconds = alternate(steps, device, args.repeat)
+                title = f"step, {method} / dense, length {length}, {dtype}"
+                show(title, seconds, (method, "dense"))
+
+
+def part_floors(args, device):
+    """Compare a dense step with what its products and AdamW's bytes take at measured rates."""
+    config = BertConfig(**SHAPES[args.shape])
+    for dtype in args.dtypes:
+        for length in LENGTHS:
+            flops, parameters = work_of_a_step(config, length)
+            optimizer_bytes = 28 * parameters  # AdamW reads w, g, m, v and writes w, m, v
+            rate, bandwidth = measured_rates(args, config, length, DTYPES[dtype], device)
+            floor = flops / rate + optimizer_bytes / bandwidth
+            dense = our_step("dense", args.shape, device, dtype)
+            step = partial(dense, synthetic(length))
+            seconds = np.median(alternate([step], device, args.repeat))
+            print(
+                f"floor, dense, length {length}, {dtype}: {1e3 * seconds:.4g} ms a step; "
+                f"products {flops / 1e9:.0f} GFLOP at {rate / 1e9:.0f}/s, "
+                f"AdamW {optimizer_bytes / 1e6:.0f} MB at {bandwidth / 1e9:.0f} GB/s: "
+                f"{1e3 * floor:.4g} ms, ratio {seconds / floor:.2f}",
+                flush=True,
+            )
+
+
+def work_of_a_step(config, length):
+    """Return (floating-point operations of the products, parameters) of a dense training step."""
+    width = config.hidden_size
+    inner = config.intermediate_size
+    matrices = (4 * width * width + 2 * width * inner) * config.num_hidden_layers
+    # Of the last layer only position 0 is computed, but for its keys and values.
+    not_computed = (2 * width * width + 2 * width * inner) * (1 - 1 / length)
+    flops = 6 * (matrices - not_computed) * BATCH * length
+    return flops, matrices + config.vocab_size * width
+
+
+def measured_rates(args, config, length, kind, device):
+    """Return (floating-point operations a second in a product, bytes a second in a copy)."""
+    tokens = BATCH * length
+    width = config.hidden_size
+    inner = config.intermediate_size
+    x = torch.randn(tokens, width, device=device).to(kind)
+    weight = torch.randn(inner, width, device=device).to(kind)
+    source = torch.randn(1 << 26, device=device)
+    target = torch.empty_like(source)
+
+    def multiply():
+        x @ weight.T  # (tokens, width) x (width, inner)
+
+    def copy_bytes():
+        target.copy_(source)
+
+    product = np.median(alternate([multiply], device, args.repeat))
+    copied = np.median(alternate([copy_bytes], device, args.repeat))
+    return 2 * tokens * width * inner / product, 8 * source.numel() / copied
+
+
+def part_throughput(args, device):
+    """Compare SMP-S with the published way, on the texts of a task.
+
+    SMP-S is in the last dtype. The published way is also compared with a dense step.
+    """
+    tokenizer = tokenizer_of(args)
+    dtype = args.dtypes[-1]
+    published = published_step(args.shape, device)
+    ours = our_step("smp-s", args.shape, device, dtype)
+    dense = our_step("dense", args.shape, device, "fp32")
+    batch = synthetic(128)
+    seconds = alternate([partial(published, batch), partial(dense, batch)], device, args.repeat)
+    show("the published way / dense, length 128, fp32", seconds, ("published", "dense"))
+    for name in ("rte", "cola"):
+        dataset = load_dataset(get_task(name), "train", tokenizer, 128, args.data_dir)
+        rows = []
+        for examples in some_batches(dataset, args.repeat + 2):
+            trimmed = collate(dataset, examples)
+            padded = pad(trimmed, 128)
+            theirs = clock(partial(published, padded), device)
+            rows.append([theirs, clock(partial(ours, trimmed), device)])
+        seconds = np.array(rows[2:])  # the first two do not count
+        show(f"throughput, {name}, ours / published", seconds, ("published", f"smp-s {dtype}"))
+
+
+def some_batches(dataset, count):
+    """Return about `count` batches of an epoch, spread over it; a short one is left out."""
+    order = batches(dataset.lengths, BATCH, seed=0, epoch=0)
+    few = [order[i] for i in np.linspace(0, len(order) - 1, count).astype(int)]
+    whole = [examples for examples in few if len(examples) == BATCH]
+    return whole or few
+
+
+def part_select(args, device):
+    """Compare ways to find the k-th largest of 3072 x 768 values exactly; k is 10% of them."""
+    scores = torch.randn(3072 * 768, device=device) * 0.1
+    size = scores.numel()
+    k = size // 10
+    ways = {
+        "sort": lambda: scores.sort(descending=True),
+        "topk": lambda: scores.topk(k, sorted=False),
+        "kthvalue": lambda: scores.kthvalue(size - k + 1),
+    }
+    if device.type == "cpu":
+        flat = scores.numpy()
+        ways["np.partition"] = lambda: np.partition(flat, size - k)
+        ways["ours"] = lambda: kth_largest(flat, k)
+    else:
+        number = torch.full((1, 1), k, device=device)
+        ways["ours"] = lambda: kth_largest_on_device(scores[None], number)
+    seconds = alternate(list(ways.values()), device, args.repeat)
+    *others, _ = ways  # the last one is ours
+    for i, name in enumerate(others):
+        show(f"select, {name} / ours", seconds[:, [i, -1]], (name, "ours"))
+
+
+@torch.no_grad()
+def part_sparse(args, device):
+    """Compare CSR on the CPU with dense matrices, in fp32 and bf16, for random masks."""
+    cpu = torch.device("cpu")
+    config = BertConfig(**SHAPES[args.shape])
+    for density in (0.1, 0.03):
+        dense = Bert(config, "classifier", 2, mlm=False).eval().requires_grad_(False)
+        for linear in deploy.encoder_linears(dense):
+            linear.weight *= torch.rand_like(linear.weight) < density
+        thin = copy.deepcopy(dense)
+        stored = deploy.sparse(thin)
+        print(f"sparse, {args.shape}, density {density}: {stored} matrices as CSR")
+        for size in (1, 8, 32):
+            for length in (32, 128):
+                batch = inputs(synthetic(length, size), cpu)
+                deploy.speed(dense, thin, batch, cpu, args.repeat)
+
+
+def part_evaluate(args, device):
+    """Compare evaluation on RTE's dev with the published way.
+
+    That pads to 128 tokens, keeps the order of the file, and computes in fp32.
+    """
+    tokenizer = tokenizer_of(args)
+    dtype = args.dtypes[-1]
+    model = Bert(BertConfig(**SHAPES[args.shape]), "classifier", 2, mlm=False).to(device).eval()
+    dataset = load_dataset(get_task("rte"), "dev", tokenizer, 128, args.data_dir)
+
+    @torch.no_grad()
+    def published():
+        for start in range(0, len(dataset), BATCH):
+            examples = np.arange(start, min(start + BATCH, len(dataset)))
+            batch = pad(collate(dataset, examples), 128)
+            model(**inputs(batch, device)).argmax(1).tolist()
+
+    def ours():
+        predict(model, dataset, device, dtype)
+
+    seconds = alternate([published, ours], device, args.repeat)
+    show(f"evaluation, rte dev, published / ours {dtype}", seconds, ("published", "ours"))
+
+
+def part_startup(args, device):
+    """Print the seconds to the first step of a run, and to tokenise 67,000 sentences."""
+    seconds_to_first_step(args, device)  # fills the caches
+    seconds = seconds_to_first_step(args, device)
+    if seconds is not None:
+        what = "cola" if args.model else "the demo"
+        print(f"start-up, first step of {what} on a warm cache: {seconds:.2f} s")
+    tokenizer = tokenizer_of(args)
+    words = list(tokenizer.get_vocab())
+    words = words[1000:] or words  # the demo's vocabulary is smaller
+    rng = np.random.default_rng(0)
+    texts = []
+    for _ in range(67_000):
+        texts.append(" ".join(words[i] for i in rng.integers(len(words), size=10)))
+    seconds = clock(lambda: encode(texts, tokenizer, 128), device)
+    print(f"start-up, 67,000 sentences of 10 words tokenised: {seconds:.2f} s")
+
+
+def seconds_to_first_step(args, device):
+    """Return the seconds from the command to the first step's line, or None if there was none."""
+    first = None
+    with tempfile.TemporaryDirectory() as folder:
+        command = train_command(args, device, folder)
+        command += ["--max-steps", "1", "--log-every", "1"]
+        began = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        for line in process.stdout:
+            if "step 1/" in line:
+                first = time.perf_counter() - began
+                break
+        process.communicate()  # reads the rest, and waits for the end
+    return first
+
+
+def train_command(args, device, folder):
+    """Return the command of a run into folder/run, on CoLA if a model is given, else the demo."""
+    if args.model and not args.data_dir:
+        raise UserError("--model: startup and memory train it on CoLA; give --data-dir, too")
+    command = [sys.executable, "train.py", "--out", f"{folder}/run", "--device", device.type]
+    if args.model:
+        command += ["--model", args.model, "--task", "cola", "--data-dir", args.data_dir]
+    return command
+
+
+def part_memory(args, device):
+    """Compare the peak memory of a run of SMP-S with that of a dense run, five steps each."""
+    ours = peak_memory("smp-s", args, device)
+    dense = peak_memory("dense", args, device)
+    sizes = f"{ours / 1e6:.0f} MB, {dense / 1e6:.0f} MB"
+    print(f"memory, smp-s / dense: {ours / dense:.3f}  ({sizes})")
+
+
+def peak_memory(method, args, device):
+    """Return the bytes that a run of five steps took at most."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = train_command(args, device, folder)
+        command += ["--method", method, "--max-steps", "5", "--dtype", args.dtypes[-1]]
+        if args.model:
+            command += ["--batch-size", str(BATCH)]
+        subprocess.run(command, stdout=subprocess.DEVNULL, cwd=ROOT, check=True)
+        return read_json(Path(folder) / "run" / "result.json")["peak_memory_bytes"]
+
+
+PARTS = {
+    "step": part_step,
+    "floors": part_floors,
+    "throughput": part_throughput,
+    "select": part_select,
+    "sparse": part_sparse,
+    "evaluate": part_evaluate,
+    "startup": part_startup,
+    "memory": part_memory,
+}
+NEEDS_DATA = ("throughput", "evaluate")
+
+# -------------------------------------------------------------------------------------------------
+# the command line
+
+
+def parse(argv):
+    parser = Parser(__doc__)
+    parser.prog = "python -m tools.bench"
+    add = parser.add_argument
+    add("parts", nargs="*", metavar="PART", help=f"of {' '.join(PARTS)}; default all")
+    add("--shape", choices=tuple(SHAPES), help="default minilm on a CPU, base on a GPU")
+    add("--model", help="a model's folder, for startup and memory; default the demo")
+    add("--tokenizer", help="a folder with tokenizer.json, for real lengths; default --model's")
+    add("--data-dir", metavar="DIR", help="folder of the GLUE files, for throughput and evaluate")
+    add(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        default=["smp-l", "smp-s", "movement", "pins"],
+        choices=tuple(METHODS),
+        help="for step; default smp-l smp-s movement pins",
+    )
+    add(
+        "--dtypes",
+        nargs="+",
+        metavar="DTYPE",
+        default=["fp32", "bf16"],
+        choices=tuple(DTYPES),
+        help="step and floors take each, the other parts the last one; default fp32 bf16",
+    )
+    add("--repeat", type=int, default=7, help="alternating runs per ratio; default 7")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    return parser.parse_args(argv)
+
+
+@program
+def main(argv=None):
+    args = parse(argv)
+    unknown = [part for part in args.parts if part not in PARTS]
+    if unknown:
+        raise UserError(f"{' '.join(unknown)}: no such part; there are {' '.join(PARTS)}")
+    device = pick_device(args.device)
+    if args.shape is None:
+        args.shape = "base" if device.type == "cuda" else "minilm"
+    if args.tokenizer is None:
+        args.tokenizer = args.model
+    if args.data_dir:
+        args.data_dir = os.path.abspath(args.data_dir)
+    threads = f"{torch.get_num_threads()} threads"
+    print(f"{device}, {threads}, torch {torch.__version__}, shape {args.shape}")
+    for name in args.parts or PARTS:
+        if name in NEEDS_DATA and not args.data_dir:
+            print(f"{name}: left out, needs --data-dir")
+        else:
+            PARTS[name](args, device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

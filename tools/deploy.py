@@ -1,0 +1,908 @@
+"""Ship what a run has learned.
+
+    python -m tools.deploy RUN --export DIR      a folder that `transformers` loads by itself
+    python -m tools.deploy RUN --compact DIR     the same function without what the mask made idle
+    python -m tools.deploy RUN --sparse          its metrics and speed with CSR matrices on a CPU
+    python -m tools.deploy RUN --save-mask FILE  an SMP run as one small file, a mask
+
+Evaluate mask files. One base model in memory serves all of them:
+
+    python -m tools.deploy --model BASE --mask FILE --mask FILE
+
+Evaluate a mask that was released with the SMP paper:
+
+    python -m tools.deploy --model BASE --mask MNLI.npy --task mnli --words maybe no yes
+
+A mask file is a safetensors file with one tensor of bytes. Its header holds, as JSON, the name and
+the sha256 of the base model, the task, its label words and the density. For each matrix the bytes
+are the places of the rarer value (kept or not), stored as the gaps between them and coded by zlib.
+They take about the entropy of the mask, or less where rows are empty.
+"""
+
+import copy
+import hashlib
+import json
+import math
+import sys
+import warnings
+import zlib
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.numpy import save as numpy_to_safetensors
+from safetensors.torch import save as torch_to_safetensors
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+from data import Parser, UserError, atomic_write, collate, get_task, load_tokenizer, program
+from data import word_ids
+from eval import entropy, evaluate, load_dev, load_run, measure, predict, show
+from model import Bert, BertConfig, autocast, find_model, holds, inputs, load_model, model_sha256
+from model import pick_device, read_json, read_safetensors, save_model
+from prune import METHODS, encoder_matrices, mask_matrices, masked_linears
+from tools.timing import alternate
+
+CPU = torch.device("cpu")
+
+# -------------------------------------------------------------------------------------------------
+# export
+
+
+def export(run, folder, which):
+    """Write a run's model, with its masks applied, as a folder for `transformers`.
+
+    The class that computes the same function depends on the output head:
+    - Pooler and classifier: BertForSequenceClassification.
+    - Label words by the whole MLM head: BertForMaskedLM. Its logits at position 0 are read at the
+      label words, which its config.json names in `label_words`.
+    - Label words alone: BertForTokenClassification, read at position 0. The rows of its classifier
+      are the embeddings of the words.
+    """
+    model, task, _, _ = load_run(run, which)
+    write_export(folder, model, task, Path(run) / which)
+
+
+def write_export(folder, model, task, source):
+    """Write the folder for `model`. `source` is the folder that has its tokenizer's files."""
+    folder = Path(folder)
+    state = model.state_dict()
+    labels = task.labels
+    kind = None  # the class that fits the output head
+    if model.output_head == "words" and not hasattr(model, "cls"):
+        kind = "BertForTokenClassification"
+        rows = model.embeddings.word_embeddings.weight[model.words]  # (K, C)
+        state = {name: t for name, t in state.items() if not name.startswith("bert.pooler.")}
+        state["classifier.weight"] = rows
+        state["classifier.bias"] = torch.zeros(len(rows))
+        labels = labels or task.words[-len(rows) :]
+    save_model(folder, model, state, source, labels, kind)
+    config = read_json(folder / "config.json")
+    kind = config["architectures"][0]
+    if kind == "BertForMaskedLM":
+        config["label_words"] = task.words[-model.outputs :]
+        config["label_word_ids"] = model.words.tolist()
+        atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    print(f"{folder}: {kind}, for transformers.AutoModel{kind.removeprefix('Bert')}")
+
+
+# -------------------------------------------------------------------------------------------------
+# masks as bytes
+
+
+def pack(mask):
+    """Return bytes that hold a flat bool array without loss.
+
+    The places of the rarer value are stored as gaps: how many of the other value come before each.
+    A gap takes one byte, and for each 255 in it another byte of value 255 before that one. The
+    bytes are Huffman-coded by zlib.
+    """
+    rare = mask if 2 * np.count_nonzero(mask) <= mask.size else ~mask
+    gaps = np.diff(np.flatnonzero(rare), prepend=-1) - 1
+    lengths = gaps // 255 + 1  # in bytes
+    symbols = np.full(lengths.sum(), 255, np.uint8)
+    symbols[np.cumsum(lengths) - 1] = gaps % 255  # the last byte of each gap
+    huffman = zlib.compressobj(level=9, wbits=-15, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
+    return huffman.compress(symbols.tobytes()) + huffman.flush()
+
+
+def unpack(data, size, kept):
+    """Return the flat bool array from which `pack` made `data`.
+
+    It has `size` values, of which `kept` are True. Raises ValueError or zlib.error for other bytes.
+    """
+    symbols = np.frombuffer(zlib.decompress(data, wbits=-15), np.uint8)
+    ends = np.flatnonzero(symbols != 255)  # the last byte of each gap
+    sums = symbols.cumsum(dtype=np.int64)[ends]  # of all gaps up to each
+    gaps = np.diff(sums, prepend=0)
+    places = np.cumsum(gaps + 1) - 1
+    expected = min(kept, size - kept)
+    if len(places) != expected or (expected and places[-1] >= size):
+        raise ValueError("does not hold as many places as it should")
+    rare = np.zeros(size, bool)
+    rare[places] = True
+    return rare if 2 * kept <= size else ~rare
+
+
+def digest(about, payload):
+    """Return the checksum of a mask file's header and bytes: it changes with any bit of either."""
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode() + payload).hexdigest()
+
+
+def count(masks):
+    """Return (kept weights, all weights) of {matrix: bool array}."""
+    kept = sum(int(mask.sum()) for mask in masks.values())
+    total = sum(mask.size for mask in masks.values())
+    return kept, total
+
+
+def save_mask(run, path):
+    """Write the mask of a finished SMP run to `path`; print its size and the entropy bound.
+
+    Raises UserError where the run has trained weights, because the mask is then not all of it.
+    """
+    run = Path(run)
+    config = read_json(run / "config.json")
+    method = config.get("settings", {}).get("method")
+    if method not in METHODS or METHODS[method].output_head != "words":
+        advice = "only those of smp-l and smp-s are masks alone"
+        raise UserError(f"{run}: a {method} run trains weights; {advice}")
+    masks = read_masks_of_run(run)
+    packed = {name: pack(mask.reshape(-1)) for name, mask in masks.items()}  # (out, in) -> (numel,)
+    about = describe_mask(config, masks, packed)
+    payload = b"".join(packed.values())
+    header = {"mask": json.dumps(about), "sha256": digest(about, payload)}
+    tensors = {"mask": np.frombuffer(payload, np.uint8)}
+    atomic_write(path, numpy_to_safetensors(tensors, metadata=header))
+    kept, total = count(masks)
+    bound = total * entropy(kept / total) / 8
+    size = Path(path).stat().st_size
+    ratio = size / bound if bound else math.inf
+    print(
+        f"{path}: {size:,} bytes, density {kept / total:.4f}; "
+        f"entropy bound {bound:,.0f}, ratio {ratio:.3f}"
+    )
+
+
+def read_masks_of_run(run):
+    """Return {matrix: bool array (out, in)} of a finished run, in the order of the names."""
+    tensors, _ = read_safetensors(run / "scores.safetensors")
+    masks = {}
+    for name in sorted(tensors):
+        if name.endswith(".mask"):
+            masks[name.removesuffix(".mask")] = tensors[name].numpy()
+    return masks
+
+
+def describe_mask(config, masks, packed):
+    """Return what the header of a mask file holds as JSON.
+
+    `matrices` has for each matrix its name, its two sizes, how many of its weights are kept, and
+    the length of its bytes.
+    """
+    s = config["settings"]
+    task = get_task(s["task"], s["task_file"])
+    matrices = []
+    for name, mask in masks.items():
+        matrices.append([name, *mask.shape, int(mask.sum()), len(packed[name])])
+    return {
+        "format": 1,
+        "base": s["model"],
+        "base_sha256": config["model_sha256"],
+        "task": s["task"],
+        "labels": config["labels"],
+        "words": list(task.words[-config["outputs"] :]),
+        "method": s["method"],
+        "density": s["density"],
+        "max_length": s["max_length"],
+        "dtype": config["dtype"],
+        "matrices": matrices,
+    }
+
+
+def read_mask(path):
+    """Return (what the header says, {matrix: bool array (out, in)}) of a mask file.
+
+    Raises UserError where the file is damaged or something else.
+    """
+    tensors, header = read_safetensors(path)
+    try:
+        about = json.loads(header["mask"])
+        payload = tensors["mask"].numpy().tobytes()
+        if header["sha256"] != digest(about, payload):
+            raise ValueError("its checksum does not fit")
+        masks = {}
+        start = 0
+        for name, rows, columns, kept, size in about["matrices"]:
+            flat = unpack(payload[start : start + size], rows * columns, kept)
+            masks[name] = flat.reshape(rows, columns)  # (numel,) -> (out, in)
+            start += size
+    except (KeyError, TypeError, ValueError, zlib.error) as error:
+        raise UserError(f"{path}: not a whole mask file ({error}); copy it again") from None
+    return about, masks
+
+
+def read_released(path, shapes):
+    """Return {matrix: bool array (out, in)} of a mask that was released with the SMP paper.
+
+    The file holds the bits of all matrices, in the lexicographic order of their names there.
+    `shapes` is {matrix: (out, in)}. Raises UserError where the file does not fit them.
+    """
+    try:
+        bits = np.unpackbits(np.load(path, allow_pickle=False))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a .npy of packed bits ({error})") from None
+    total = sum(rows * columns for rows, columns in shapes.values())
+    if not total <= bits.size < total + 8:
+        needed = f"this model's encoder matrices have {total:,} weights"
+        raise UserError(f"{path}: {bits.size:,} bits, but {needed}")
+    masks = {}
+    start = 0
+    for name in sorted(shapes, key=lambda name: f"{name}.mask_scores"):
+        rows, columns = shapes[name]
+        flat = bits[start : start + rows * columns].astype(bool)
+        masks[name] = flat.reshape(rows, columns)  # (numel,) -> (out, in)
+        start += rows * columns
+    return masks
+
+
+# -------------------------------------------------------------------------------------------------
+# the matrices of a model
+
+
+def encoder_linears(model):
+    """Return the six linear layers of every layer in one list, whatever their sizes."""
+    linears = []
+    for column in encoder_matrices(model).values():
+        linears += column
+    return linears
+
+
+def count_weights(model):
+    """Return the number of weights in the encoder's matrices."""
+    return sum(linear.weight.numel() for linear in encoder_linears(model))
+
+
+def matrix_names(model):
+    """Return {letter: name of that matrix in the state dict} for each layer."""
+    name_of = {module: name for name, module in model.named_modules()}
+    names = []
+    for layer in model.layers:
+        prefix = name_of[layer]
+        names.append({letter: f"{prefix}.{name}" for letter, name in model.matrices.items()})
+    return names
+
+
+# -------------------------------------------------------------------------------------------------
+# exact compaction
+#
+# What a mask makes constant or unread is folded away, and the function stays the same. What may be
+# folded depends on how the matrices of a layer are connected, so this part, like SparseLayer below,
+# knows the inside of a BERT layer.
+
+
+def linear_of(weight, bias):
+    """Return an nn.Linear with these values, in float32 and not trainable."""
+    linear = nn.Linear(1, 1, device="meta")  # with its own sizes it would warn of an empty matrix
+    linear.out_features, linear.in_features = weight.shape
+    linear.weight = nn.Parameter(weight.float())
+    linear.bias = nn.Parameter(bias.float())
+    return linear.requires_grad_(False)
+
+
+def compact_feed_forward(up, down):
+    """Return (U, D) without the units that are constant or unread.
+
+    A unit with an empty row of U is constant: it is GELU of its bias, which goes into the bias of
+    D. A unit with an empty column of D is unread.
+    """
+    weight = down.weight.double()  # (C, F)
+    constant = ~up.weight.any(1)  # (F,)
+    unread = ~down.weight.any(0)  # (F,)
+    values = F.gelu(up.bias.double()[constant])
+    bias = down.bias.double() + weight[:, constant] @ values  # (C, n) x (n,) -> (C,)
+    keep = ~constant & ~unread
+    return linear_of(up.weight[keep], up.bias[keep]), linear_of(weight[:, keep], bias)
+
+
+@dataclass
+class AttentionHead:
+    """What compaction leaves of an attention head: n dimensions of Q and K, m of V."""
+
+    q: torch.Tensor  # (n, C)
+    q_bias: torch.Tensor  # (n,)
+    k: torch.Tensor  # (n, C)
+    k_bias: torch.Tensor  # (n,)
+    v: torch.Tensor  # (m, C)
+    v_bias: torch.Tensor  # (m,)
+    o: torch.Tensor  # (m, C), the columns of O as rows
+
+
+def compact_attention(attention):
+    """Compact the Q, K, V and O of a layer in place.
+
+    Return the number of query dimensions of each head, and that of value dimensions.
+    """
+    inner = attention["self"]
+    q = in_float64(inner.query)
+    k = in_float64(inner.key)
+    v = in_float64(inner.value)
+    o = in_float64(attention["output"].dense)
+    bias = o.bias
+    heads = []
+    for rows in torch.arange(q.out_features).chunk(inner.num_heads):  # (D,)
+        # Attention weights sum to one, so that a value with an empty row is always its bias.
+        constant = ~v.weight[rows].any(1)
+        fixed = rows[constant]
+        bias = bias + o.weight[:, fixed] @ v.bias[fixed]  # (C, n) x (n,) -> (C,)
+        read = o.weight[:, rows].any(0)
+        values = rows[~constant & read]
+        if len(values):  # a head without value dimensions goes
+            heads.append(compact_head(q, k, v, o, rows, values))
+    if not heads:
+        heads = [head_of_zero(o.weight)]
+
+    padded = {}
+    for field in fields(AttentionHead):
+        padded[field.name] = pad_heads([getattr(head, field.name) for head in heads])
+    inner.query = linear_of(padded["q"], padded["q_bias"])
+    inner.key = linear_of(padded["k"], padded["k_bias"])
+    inner.value = linear_of(padded["v"], padded["v_bias"])
+    inner.num_heads = len(heads)  # its scale stays that of the original head size
+    attention["output"].dense = linear_of(padded["o"].T.contiguous(), bias)
+    return [len(head.q) for head in heads], [len(head.v) for head in heads]
+
+
+def in_float64(linear):
+    """Return a copy of a linear layer in float64."""
+    return copy.deepcopy(linear).double()
+
+
+def compact_head(q, k, v, o, rows, values):
+    """Return the AttentionHead with the rows `rows` of Q and K, and the rows `values` of V.
+
+    - A key dimension with an empty row adds the same to every logit of a query, and the softmax
+      cancels it.
+    - The query dimensions with empty rows are constants. All of a head become one dimension, whose
+      query is 1 and whose key is sum_d b_q[d] K[d].
+    """
+    rows = rows[k.weight[rows].any(1)]
+    live = q.weight[rows].any(1)
+    fixed = rows[~live]
+    rows = rows[live]
+    head = AttentionHead(
+        q=q.weight[rows],
+        q_bias=q.bias[rows],
+        k=k.weight[rows],
+        k_bias=k.bias[rows],
+        v=v.weight[values],
+        v_bias=v.bias[values],
+        o=o.weight[:, values].T,  # (C, m) -> (m, C)
+    )
+    merged = q.bias[fixed] @ k.weight[fixed]  # (n,) x (n, C) -> (C,)
+    if merged.any() or not len(rows):  # a head keeps at least one dimension
+        zero = merged.new_zeros(1)
+        one = merged.new_ones(1)
+        head.q = torch.cat([head.q, torch.zeros_like(merged)[None]])
+        head.q_bias = torch.cat([head.q_bias, one])
+        head.k = torch.cat([head.k, merged[None]])
+        head.k_bias = torch.cat([head.k_bias, zero])
+    return head
+
+
+def head_of_zero(weight):
+    """Return a head of one dimension that computes 0, for a layer of which no head is left."""
+    row = weight.new_zeros(1, weight.size(0))  # (1, C)
+    zero = weight.new_zeros(1)
+    return AttentionHead(q=row, q_bias=zero, k=row, k_bias=zero, v=row, v_bias=zero, o=row)
+
+
+def pad_heads(parts):
+    """Return (H * n, ...) from the parts (n_h, ...) of H heads: each is padded with zeros to n.
+
+    Padding once saves it in every forward.
+    """
+    return pad_sequence(list(parts), batch_first=True).flatten(0, 1)  # (H, n, ...) -> (H * n, ...)
+
+
+def pad_units(layer, units):
+    """Add units of zeros to a layer until it has `units` of them."""
+    up = layer.intermediate["dense"]
+    down = layer.output.dense
+    more = units - up.out_features
+    layer.intermediate["dense"] = linear_of(
+        F.pad(up.weight, (0, 0, 0, more)),  # (n, C) -> (F, C)
+        F.pad(up.bias, (0, more)),
+    )
+    layer.output.dense = linear_of(F.pad(down.weight, (0, more)), down.bias)  # (C, n) -> (C, F)
+
+
+@torch.no_grad()
+def compact(model, uniform=False, drop_rows=0):
+    """Compact a model in place, for evaluation. Its function stays, with fewer weights.
+
+    Return [query dimensions of each head, value dimensions of each head, units] of each layer.
+    `uniform`: only what the classes of `transformers` can hold, which is the same number of units
+    in every layer, and whole heads. `drop_rows`: rows with fewer weights are emptied first, which
+    changes the function.
+    """
+    for linear in encoder_linears(model):
+        thin = linear.weight.count_nonzero(dim=1) < drop_rows  # (out,)
+        linear.weight[thin] = 0.0
+    sizes = []
+    for layer in model.layers:
+        up, down = compact_feed_forward(layer.intermediate["dense"], layer.output.dense)
+        layer.intermediate["dense"] = up
+        layer.output.dense = down
+        heads = ([], [])  # the query and the value dimensions of each head; uniform: not said
+        if not uniform:
+            heads = compact_attention(layer.attention)
+        sizes.append([*heads, up.out_features])
+    if uniform:
+        most = max(units for _, _, units in sizes)
+        model.config.intermediate_size = max(most, 1)
+        for layer in model.layers:
+            pad_units(layer, model.config.intermediate_size)
+    return sizes
+
+
+# -------------------------------------------------------------------------------------------------
+# the compact folder
+#
+# compact.safetensors holds the state dict without the zeros that pad heads, compact.json what is
+# needed to build the model, tokenizer.json the tokenizer.
+
+
+def change_heads(state, names, sizes, change):
+    """Replace in a state dict whatever is divided into heads by change(tensor, sizes of the heads).
+
+    These are the rows of Q, K and V, and the columns of O. `names`: see `matrix_names`.
+    """
+    for name_of, (query_sizes, value_sizes, _) in zip(names, sizes, strict=True):
+        for letter, of_heads in (("Q", query_sizes), ("K", query_sizes), ("V", value_sizes)):
+            for kind in ("weight", "bias"):
+                name = f"{name_of[letter]}.{kind}"
+                state[name] = change(state[name], of_heads)
+        name = f"{name_of['O']}.weight"
+        state[name] = change(state[name].T, value_sizes).T.contiguous()
+
+
+def add_padding(tensor, sizes):
+    """Return (H * n, ...) from (sum of `sizes`, ...): each head is padded with zeros to n."""
+    return pad_heads(tensor.split(sizes))
+
+
+def drop_padding(tensor, sizes):
+    """Undo `add_padding`."""
+    heads = tensor.unflatten(0, (len(sizes), -1))  # (H * n, ...) -> (H, n, ...)
+    return torch.cat([head[:size] for head, size in zip(heads, sizes, strict=True)])
+
+
+def write_compact(folder, model, task, tokenizer, settings, config, sizes):
+    """Write a compacted model as a folder in our own layout.
+
+    The classes of `transformers` cannot hold heads of different sizes. `config` is that of the
+    whole model.
+    """
+    folder = Path(folder)
+    state = model.state_dict()
+    change_heads(state, matrix_names(model), sizes, drop_padding)
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
+    about = {
+        "task": settings["task"],
+        "task_file": settings["task_file"],
+        "max_length": settings["max_length"],
+        "head": model.output_head,
+        "config": vars(config),
+        "outputs": model.outputs,
+        "words": model.words.tolist(),
+        "labels": list(task.labels),
+        "sizes": sizes,
+    }
+    atomic_write(folder / "compact.safetensors", torch_to_safetensors(state))
+    atomic_write(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+    atomic_write(folder / "compact.json", json.dumps(about) + "\n")
+
+
+def load_compact(folder):
+    """Return (model, what compact.json says) of a folder that --compact wrote.
+
+    Raises UserError where it is damaged.
+    """
+    about = read_json(Path(folder) / "compact.json")
+    state, _ = read_safetensors(Path(folder) / "compact.safetensors")
+    try:
+        model = build_compact(about, state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}: not a whole compact model ({reason}); write it again") from None
+    return model, about
+
+
+def build_compact(about, state):
+    """Return the model of a compact folder, from its JSON and its state dict, which is changed."""
+    config = BertConfig(**about["config"])
+    pooler = holds(state, "bert.pooler.")
+    mlm = holds(state, "cls.predictions.")
+    with torch.device("meta"):  # only the structure: values and sizes come from the file
+        model = Bert(config, about["head"], about["outputs"], about["words"], pooler, mlm)
+    model.words = torch.tensor(about["words"], dtype=torch.long)
+    names = matrix_names(model)
+    change_heads(state, names, about["sizes"], add_padding)
+    for i, layer in enumerate(model.layers):
+        query_sizes, _, units = about["sizes"][i]
+        layer.attention["self"].num_heads = len(query_sizes)
+        for name in names[i].values():
+            linear = model.get_submodule(name)
+            linear.weight = nn.Parameter(state[f"{name}.weight"])
+            linear.bias = nn.Parameter(state[f"{name}.bias"])
+        if len(layer.intermediate["dense"].weight) != units:
+            raise ValueError(f"layer {i} has other than {units} units")
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def save_compact(run, folder, which, drop_rows, uniform, device, data_dir):
+    """Write a run's model compacted, and print what that saves and changes.
+
+    The layout of the folder is ours, or with `uniform` that of `transformers`.
+    """
+    before, task, tokenizer, s = load_run(run, which)
+    after, _, _, _ = load_run(run, which)
+    sizes = compact(after, uniform, drop_rows)
+    config = before.config
+    if uniform:
+        write_export(folder, after, task, Path(run) / which)
+        left = count_weights(after)
+        units = f"{after.config.intermediate_size:,} of {config.intermediate_size:,} units"
+        kept = f"{units} in each layer"
+    else:
+        write_compact(folder, after, task, tokenizer, s, config, sizes)
+        after, _ = load_compact(folder)
+        left = count_compact(sizes, config.hidden_size)
+        kept = describe_compact(sizes, config)
+    total = count_weights(before)
+    print(f"{folder}: {left:,} of {total:,} encoder weights ({left / total:.3f}); {kept}")
+    for i, (query_sizes, value_sizes, units) in enumerate(sizes):
+        line = f"  layer {i:2}: "
+        if query_sizes:
+            queries = f"{sum(query_sizes)} query and {sum(value_sizes)} value dimensions"
+            line += f"{len(query_sizes)} heads of {queries}, "
+        print(f"{line}{units:,} units")
+    dev_sets = load_dev(task, tokenizer, s["max_length"], data_dir)
+    compare(before, after, task, dev_sets, device)
+
+
+def count_compact(sizes, hidden_size):
+    """Return the number of weights in the encoder's matrices, without those that pad heads."""
+    dimensions = 0
+    for query_sizes, value_sizes, units in sizes:
+        dimensions += sum(query_sizes) + sum(value_sizes) + units
+    return 2 * hidden_size * dimensions  # a row or a column in each of two matrices
+
+
+def describe_compact(sizes, config):
+    """Return how many of the attention heads and units of a model are left."""
+    heads = sum(len(query_sizes) for query_sizes, _, _ in sizes)
+    units = sum(units for _, _, units in sizes)
+    all_heads = len(sizes) * config.num_attention_heads
+    all_units = len(sizes) * config.intermediate_size
+    return f"{heads} of {all_heads} heads, {units:,} of {all_units:,} units"
+
+
+# -------------------------------------------------------------------------------------------------
+# sparse execution on a CPU
+
+# A matrix is stored as CSR up to this density. Measured on two cores, with the shapes of BERT-base
+# and MiniLM and 32 to 512 tokens: CSR is 1.0 to 2.4 times as fast as the dense product at density
+# 0.15, and 0.8 to 1.8 times at 0.2.
+DENSEST = 0.15
+# So many tokens are computed at a time, so that what a layer makes stays in the cache. Measured
+# with the whole of BERT-base: 128 are as fast, 1,024 up to 11% slower.
+TOKENS = 256
+
+
+def product(linear, x):
+    """Return linear(x) as (out, B, T) for x (in, B, T), whether the weight is CSR or dense."""
+    flat = x.flatten(1)  # (in, B, T) -> (in, B * T)
+    y = torch.addmm(linear.bias[:, None], linear.weight, flat)  # (out, in) x (in, B * T)
+    return y.unflatten(1, x.shape[1:])  # (out, B * T) -> (out, B, T)
+
+
+def normalise(x, layer_norm):
+    """Return layer_norm(x) for x (C, B, T)."""
+    x = x - x.mean(0)
+    x *= (x.square().mean(0) + layer_norm.eps).rsqrt()
+    weight = layer_norm.weight[:, None, None]
+    bias = layer_norm.bias[:, None, None]
+    return torch.addcmul(bias, x, weight)
+
+
+class SparseLayer(nn.Module):
+    """A layer over activations (C, B, T).
+
+    In this layout a product with a CSR matrix on the left transposes nothing.
+    """
+
+    def __init__(self, layer):
+        super().__init__()
+        self.attention = layer.attention
+        self.intermediate = layer.intermediate
+        self.output = layer.output
+
+    def split_heads(self, x):
+        """Return (B, H, T, D) from (C, B, T), contiguous because the fast kernel needs that."""
+        heads = x.unflatten(0, (self.attention["self"].num_heads, -1))  # (C, B, T) -> (H, D, B, T)
+        return heads.permute(2, 0, 3, 1).contiguous()  # (H, D, B, T) -> (B, H, T, D)
+
+    def forward(self, hidden, mask, first_only=False):
+        readers = hidden[..., :1] if first_only else hidden  # (C, B, R)
+        inner = self.attention["self"]
+        q = self.split_heads(product(inner.query, readers))  # (B, H, R, D)
+        k = self.split_heads(product(inner.key, hidden))  # (B, H, T, D)
+        v = self.split_heads(product(inner.value, hidden))  # (B, H, T, D)
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, scale=inner.scale)
+        mixed = mixed.permute(1, 3, 0, 2).flatten(0, 1)  # (B, H, R, D) -> (C, B, R)
+        output = self.attention["output"]
+        readers = normalise(readers + product(output.dense, mixed), output.LayerNorm)
+        units = F.gelu(product(self.intermediate["dense"], readers))  # (F, B, R)
+        return normalise(readers + product(self.output.dense, units), self.output.LayerNorm)
+
+
+class SparseBertModel(nn.Module):
+    """What stands in place of a BertModel, for evaluation. It has the same inputs and outputs."""
+
+    def __init__(self, bert):
+        super().__init__()
+        layers = [SparseLayer(layer) for layer in bert.encoder["layer"]]
+        self.embeddings = bert.embeddings
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
+        self.pooler = getattr(bert, "pooler", None)
+
+    def forward(self, input_ids, attention_mask, token_type_ids, first_only=False):
+        count = max(1, TOKENS // input_ids.size(1))  # examples at a time
+        parts = zip(
+            input_ids.split(count),
+            attention_mask.split(count),
+            token_type_ids.split(count),
+            strict=True,
+        )
+        done = [self.forward_part(*part, first_only) for part in parts]
+        return torch.cat(done)
+
+    def forward_part(self, input_ids, attention_mask, token_type_ids, first_only):
+        hidden = self.embeddings(input_ids, token_type_ids)
+        hidden = hidden.permute(2, 0, 1).contiguous()  # (B, T, C) -> (C, B, T)
+        mask = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
+        *body, last = self.encoder["layer"]
+        for layer in body:
+            hidden = layer(hidden, mask)
+        return last(hidden, mask, first_only).permute(1, 2, 0)  # (C, B, R) -> (B, R, C)
+
+
+@torch.no_grad()
+def sparse(model):
+    """Compact a model in place, and store as CSR the matrices that are faster so.
+
+    Return how many these are.
+    """
+    compact(model)
+    thin = []
+    for linear in encoder_linears(model):
+        if linear.weight.count_nonzero() <= DENSEST * linear.weight.numel():
+            thin.append(linear)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse")  # CSR is new in torch, and not checked
+        for linear in thin:
+            linear.weight = nn.Parameter(to_csr(linear.weight), requires_grad=False)
+    model.bert = SparseBertModel(model.bert)
+    return len(thin)
+
+
+def to_csr(weight):
+    """Return a weight as CSR with 32-bit places, which MKL reads without converting them."""
+    csr = weight.to_sparse_csr()
+    rows = csr.crow_indices().int()
+    columns = csr.col_indices().int()
+    return torch.sparse_csr_tensor(rows, columns, csr.values(), csr.shape)
+
+
+def run_sparse(run, which, data_dir):
+    """Print what sparse execution changes and gains on a run."""
+    before, task, tokenizer, s = load_run(run, which)
+    after, _, _, _ = load_run(run, which)
+    all_matrices = len(encoder_linears(before))
+    print(f"{run}: {sparse(after)} of {all_matrices} matrices as CSR")
+    dev_sets = load_dev(task, tokenizer, s["max_length"], data_dir)
+    compare(before, after, task, dev_sets, CPU)
+
+
+# -------------------------------------------------------------------------------------------------
+# two models of one function
+
+
+def compare(before, after, task, dev_sets, device):
+    """Print how far the logits of two models on dev lie apart, their metrics, and their speed."""
+    dev = list(dev_sets.values())[0]
+    before = before.to(device).eval()
+    after = after.to(device).eval()
+    logits_before = predict(before, dev, device, "fp32")
+    logits_after = predict(after, dev, device, "fp32")
+    most = (logits_before - logits_after).abs().max()
+    print(f"logits on {len(dev):,} dev examples differ by {most:.1e} at most")
+    print(f"  before: {show(measure(task, logits_before, dev.labels))}")
+    print(f"  after: {show(measure(task, logits_after, dev.labels))}")
+    for size in (1, 8, 32):
+        batch = collate(dev, np.arange(min(size, len(dev))))
+        speed(before, after, inputs(batch, device), device)
+
+
+@torch.no_grad()
+def speed(before, after, batch, device, repeat=7):
+    """Print the times of one batch: a dense model in fp32 and in bf16, and another, in turn.
+
+    Return the ratios (2,) of the first two to the last.
+    """
+
+    def in_fp32():
+        before(**batch)
+
+    def in_bf16():
+        with autocast(device, "bf16"):
+            before(**batch)
+
+    def this():
+        after(**batch)
+
+    seconds = alternate([in_fp32, in_bf16, this], device, repeat)  # (repeat, 3)
+    ratios = np.median(seconds[:, :2] / seconds[:, 2:], axis=0)
+    fp32, bf16, ours = 1e3 * np.median(seconds, axis=0)  # milliseconds
+    examples, length = batch["input_ids"].shape
+    print(
+        f"  {examples:3} x {length:3} tokens: dense {fp32:.1f} ms, in bf16 {bf16:.1f}, "
+        f"this {ours:.1f}: {ratios[0]:.2f} and {ratios[1]:.2f} times as fast",
+        flush=True,
+    )
+    return ratios
+
+
+# -------------------------------------------------------------------------------------------------
+# evaluating masks: one base, many tasks
+
+
+def masked_base(base, device):
+    """Return (model, {matrix: MaskedLinear}) of a base model. It keeps all, and trains nothing."""
+    model = load_model(base, "words", words=[0]).requires_grad_(False)
+    mask_matrices(model, first=None)
+    return model.to(device), masked_linears(model)
+
+
+def switch(model, linears, masks, words):
+    """Make the base in memory the model of another task, by its masks and its label words (ids)."""
+    for name, linear in linears.items():
+        linear.mask.copy_(torch.from_numpy(masks[name]))
+    model.words = torch.tensor(words, device=model.words.device)
+    model.outputs = len(words)
+
+
+def read_any_mask(path, base, sha256, shapes, task_name):
+    """Return (what its header says, {matrix: bool array}) of a mask file, ours or a released one.
+
+    Raises UserError where a mask is over another model than `base`, which has this `sha256`, and
+    where a released one comes without a task, which it does not name.
+    """
+    if str(path).endswith(".npy"):
+        if not task_name:
+            raise UserError(f"{path}: a released mask does not name its task; give --task")
+        about = {"task": task_name, "max_length": 128, "dtype": "fp32"}
+        return about, read_released(path, shapes)
+    about, masks = read_mask(path)
+    if about["base_sha256"] != sha256:
+        theirs = f"{about['base']} (sha256 {about['base_sha256'][:12]}...)"
+        ours = f"{base} is another model (sha256 {sha256[:12]}...)"
+        raise UserError(f"{path}: a mask over {theirs}; {ours}")
+    return about, masks
+
+
+def evaluate_masks(base, paths, device, data_dir, task_name=None, words=(), task_file=None):
+    """Print the metrics on dev of each mask file over `base`; return them."""
+    source = find_model(base)
+    sha256 = model_sha256(source)
+    model, linears = masked_base(source, device)
+    tokenizer = load_tokenizer(source, model.config.vocab_size)
+    shapes = {name: tuple(linear.weight.shape) for name, linear in linears.items()}
+    found = []
+    for path in paths:
+        about, masks = read_any_mask(path, base, sha256, shapes, task_name)
+        task = get_task(task_name or about["task"], task_file)
+        label_words = words or about.get("words") or task.words
+        switch(model, linears, masks, word_ids(tokenizer, label_words))
+        dev_sets = load_dev(task, tokenizer, about["max_length"], data_dir)
+        metrics = evaluate(model, task, dev_sets, device, about["dtype"])
+        kept, total = count(masks)
+        print(f"{path}: {task.name}, density {kept / total:.4f}: {show(metrics)}")
+        found.append(metrics)
+    return found
+
+
+# -------------------------------------------------------------------------------------------------
+# the command line
+
+
+def parse(argv):
+    parser = Parser(__doc__)
+    parser.prog = "python -m tools.deploy"
+    add = parser.add_argument
+    add("run", nargs="?", metavar="RUN", help="run folder of train.py")
+    add("--export", metavar="DIR", help="write the run's model for `transformers`")
+    add("--compact", metavar="DIR", help="write the run's model without what its mask made idle")
+    add(
+        "--drop-rows",
+        metavar="R",
+        type=int,
+        default=0,
+        help="--compact: first empty the rows that have fewer than R weights",
+    )
+    add("--uniform", action="store_true", help="--compact: only units go; `transformers` loads it")
+    add("--sparse", action="store_true", help="compare the run's model in CSR with itself on a CPU")
+    add("--best", action="store_true", help="the best checkpoint on dev instead of the last step")
+    add("--save-mask", metavar="FILE", help="write the run's mask")
+    add(
+        "--mask", metavar="FILE", action="append", default=[], help="evaluate this mask; repeatable"
+    )
+    add("--model", help="the base model of --mask: a Hugging Face id or a folder")
+    add("--task", help="the task, where the mask file does not name it")
+    add("--task-file", metavar="JSON", help="your own task, if the run was on one")
+    add("--words", nargs="+", help="label words other than the task's, in the order of the classes")
+    add("--data-dir", metavar="DIR", default="data", help="folder of the GLUE files; default data")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    return parser.parse_args(argv)
+
+
+def ship(args):
+    """Do what the flags ask of a run."""
+    which = "best" if args.best else "model"
+    if args.export:
+        export(args.run, args.export, which)
+    if args.compact:
+        save_compact(
+            args.run,
+            args.compact,
+            which,
+            drop_rows=args.drop_rows,
+            uniform=args.uniform,
+            device=pick_device(args.device),
+            data_dir=args.data_dir,
+        )
+    if args.sparse:
+        run_sparse(args.run, which, args.data_dir)
+    if args.save_mask:
+        save_mask(args.run, args.save_mask)
+
+
+@program
+def main(argv=None):
+    args = parse(argv)
+    if args.run and (args.save_mask or args.export or args.compact or args.sparse):
+        ship(args)
+    elif args.mask and args.model:
+        evaluate_masks(
+            args.model,
+            args.mask,
+            pick_device(args.device),
+            args.data_dir,
+            task_name=args.task,
+            words=args.words,
+            task_file=args.task_file,
+        )
+    else:
+        raise UserError(
+            "give RUN with --export, --compact, --sparse or --save-mask, "
+            "or --model BASE --mask FILE"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
