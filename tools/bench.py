@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import Parser, UserError, batches, collate, encode, get_task, load_dataset
+from data import Parser, UserError, batches, collate, encode, get_task, load_dataset, read_json
 from data import load_tokenizer, program
 from eval import predict
-from model import DEMO, Bert, BertConfig, autocast, inputs, pick_device, read_json, send, task_loss
+from model import DEMO, Bert, BertConfig, autocast, inputs, pick_device, send, task_loss
 from prune import METHODS, kth_largest, kth_largest_on_device, mask_matrices
 from tools import deploy
 from tools.timing import alternate, clock

@@ -38,10 +38,10 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from data import Parser, UserError, atomic_write, collate, get_task, load_tokenizer, program
-from data import word_ids
+from data import read_json, word_ids
 from eval import entropy, evaluate, load_dev, load_run, measure, predict, show
 from model import Bert, BertConfig, autocast, find_model, holds, inputs, load_model, model_sha256
-from model import pick_device, read_json, read_safetensors, save_model
+from model import pick_device, read_safetensors, save_model
 from prune import METHODS, encoder_matrices, mask_matrices, masked_linears
 from tools.timing import alternate
 

@@ -16,9 +16,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from data import Parser, UserError, program
+from data import Parser, UserError, program, read_json
 from eval import evaluate, kept_weights, load_dev, load_run, show
-from model import find_model, load_model, model_sha256, pick_device, read_json, read_safetensors
+from model import find_model, load_model, model_sha256, pick_device, read_safetensors
 from prune import METHODS, encoder_matrices
 
 # -------------------------------------------------------------------------------------------------
