@@ -313,13 +313,13 @@ class Run:
         require(fits, f"--pattern {s.pattern}: {s.model} is {widths} wide")
         self.tokenizer = load_tokenizer(self.source, config.vocab_size)
         head = METHODS[s.method].output_head
-        words = []
+        self.words = []
         if head == "words":
             by_logit = self.task.regression and s.regression == "logit"
             label_words = self.task.words[1:] if by_logit else self.task.words
-            words = word_ids(self.tokenizer, label_words)
+            self.words = word_ids(self.tokenizer, label_words)
         outputs = len(self.task.labels) or 1
-        self.model = load_model(self.source, head, outputs, words, s.seed, s.dropout)
+        self.model = load_model(self.source, head, outputs, self.words, s.seed, s.dropout)
         if head == "words" and not hasattr(self.model, "cls"):
             self.log.say(f"{s.model} has no MLM head: the logit of a class is h_[CLS] . e(word)")
 
@@ -637,7 +637,7 @@ def describe(run):
         "settings": asdict(run.settings),
         "labels": list(run.task.labels),
         "outputs": run.model.outputs,
-        "words": run.model.words.tolist(),
+        "words": run.words,
         "command": run.command,
         "git_commit": git_commit(),
         "model_sha256": model_sha256(run.source),
