@@ -109,7 +109,7 @@ def sha256_of(*paths):
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
-            hashlib.file_digest(file, lambda: digest)  # adds the file to the digest
+            hashlib.file_digest(file, lambda: digest)  # adds the file to what it is given
     return digest.hexdigest()
 
 
@@ -395,10 +395,10 @@ def download(source, path):
     address, sha256 = source
     mirror = os.environ.get("GLUE_URL", "https://dl.fbaipublicfiles.com/")
     url = f"{mirror.rstrip('/')}/{address}"
-    print(f"downloading {url}", file=sys.stderr)
     advice = f"run again, or put {path.name} into {path.parent}, or set GLUE_URL to a mirror"
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
+            print(f"downloading {url}, {response.length or 0:,} bytes", file=sys.stderr)
             with tqdm.wrapattr(response, "read", total=response.length, disable=None) as stream:
                 data = b"".join(iter(lambda: stream.read(1 << 18), b""))  # block after block
     except (OSError, http.client.HTTPException, ValueError) as error:
@@ -608,10 +608,11 @@ def load_dataset(task, split, tokenizer, max_length, data_dir="data"):
     data_dir = Path(data_dir)
     path = locate(task, split, data_dir)
     data = path.read_bytes()
+    # The key of the cache file is made of all that decides the ids, and of nothing else.
     reading = replace(task, name=split, words=(), metrics=(), files={}, sources=())
     reading.rows = task.rows.get(split)
-    recipe = f"format 1, {max_length}, {reading}, {tokenizer.to_str()}"  # all that decides the ids
-    key = hashlib.sha256(hashlib.sha256(data).digest() + recipe.encode()).hexdigest()[:32]
+    described = f"format 1, {max_length}, {reading}, {tokenizer.to_str()}"
+    key = hashlib.sha256(hashlib.sha256(data).digest() + described.encode()).hexdigest()[:32]
     folder = data_dir / "cache" if writable(data_dir) else cache_home() / "tokens"
     cached = folder / f"{task.name}-{split}-{key}.safetensors"
     try:
@@ -678,26 +679,26 @@ def batches(lengths, batch_size, seed, epoch, max_tokens=0):
         ends = np.cumsum(token_sizes(lengths, max_tokens))
         cut = np.split(order, ends[:-1])
     else:
-        pool = batch_size * max(1, min(50, len(lengths) // (4 * batch_size)))  # at least four pools
-        pools = np.split(order, range(pool, len(order), pool))
+        size = batch_size * max(1, min(50, len(lengths) // (4 * batch_size)))  # at least four pools
+        pools = np.split(order, range(size, len(order), size))
         pools = [pool[np.argsort(lengths[pool], kind="stable")] for pool in pools]
         cut = np.split(np.concatenate(pools), range(batch_size, len(order), batch_size))
     return [cut[i] for i in rng.permutation(len(cut))]
 
 
 def share_of_batch(batch, rank, world, grad_accum):
-    """Return this rank's micro-batches of a batch, and by what to multiply their summed losses.
+    """Return this rank's micro-batches of a batch, and a factor for the sum of their losses.
 
-    With that factor, the average that DistributedDataParallel takes over ranks is the mean over the
+    DistributedDataParallel averages over ranks. With the factor that average is the mean over the
     batch. Every rank must take part in a step. A rank for which a short batch has no example takes
     one with the factor 0.
     """
     examples = batch[rank::world]
-    weight = world / len(batch)
+    factor = world / len(batch)
     if len(examples) == 0:
         examples = batch[:1]
-        weight = 0.0
-    return np.array_split(examples, min(grad_accum, len(examples))), weight
+        factor = 0.0
+    return np.array_split(examples, min(grad_accum, len(examples))), factor
 
 
 def collate(dataset, indices, pad_id=0):

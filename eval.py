@@ -9,7 +9,7 @@ More reports:
 
     python -m tools.report runs/*                            one Markdown table over all runs
     python -m tools.report RUN --plot RUN.png                densities and curves, as a picture
-    python -m tools.report RUN --density 0.2 0.1 0.05        its scores at other densities
+    python -m tools.report RUN --density 0.2 0.1 0.05        dev metrics at other densities
 """
 
 import math
@@ -102,8 +102,8 @@ def to_predictions(task, logits):
     return logits.argmax(dim=1).numpy()
 
 
-def targets(model, task, dataset, device, dtype):
-    """Return a teacher's table. The batches of `predict` are always the same, without dropout."""
+def teacher_table(model, task, dataset, device, dtype):
+    """Return what a teacher predicts of each example: logits (N, K), or values (N,)."""
     logits = predict(model, dataset, device, dtype)
     if task.regression:
         logits = to_value(logits, task.low, task.high)
@@ -173,14 +173,14 @@ def load_run(run, which="model"):
 
 def kept_weights(model):
     """Return (non-zero weights, all weights) of the encoder's matrices: two arrays (L, 6)."""
-    columns = encoder_matrices(model).values()
-    kept = [[int(linear.weight.count_nonzero()) for linear in column] for column in columns]
-    sizes = [[linear.weight.numel() for linear in column] for column in columns]
+    matrices = encoder_matrices(model).values()
+    kept = [[int(linear.weight.count_nonzero()) for linear in peers] for peers in matrices]
+    sizes = [[linear.weight.numel() for linear in peers] for peers in matrices]
     return np.array(kept).T, np.array(sizes).T  # (6, L) -> (L, 6)
 
 
 def entropy(density):
-    """Return the bits per weight of a random mask of this density: no code can be shorter."""
+    """Return the bits per weight that a random mask of this density needs on average."""
     return -sum(p * math.log2(p) for p in (density, 1 - density) if p)
 
 
@@ -216,12 +216,12 @@ def with_totals(table):
 
 def print_sizes(kept, total, everything):
     """Print the megabytes of the model, of its matrices, of what is kept, and of the mask."""
-    bits = total / 8e6  # in MB
+    mask_mb = total / 8e6  # a bit per weight
     print(f"  all parameters   {everything:12,}  {4 * everything / 1e6:8.2f} MB in fp32")
     print(f"  encoder matrices {total:12,}  {4 * total / 1e6:8.2f} MB in fp32, zeros stored")
     print(f"  kept of these    {kept:12,}  {2 * kept / 1e6:8.2f} MB in fp16, without their places")
-    shortest = f"{bits * entropy(kept / total):.2f} MB at its entropy"
-    print(f"  the mask alone                 {bits:8.2f} MB as bits, {shortest}")
+    shortest = f"{mask_mb * entropy(kept / total):.2f} MB at its entropy"
+    print(f"  the mask alone                 {mask_mb:8.2f} MB as bits, {shortest}")
 
 
 def write_predictions(run, which, device, data_dir, split, path, task_name):

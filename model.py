@@ -4,12 +4,12 @@
 - There are two output heads: the pooler with a classifier (plain fine-tuning), and the label words
   of the frozen MLM head (SMP).
 - Both output heads read position 0 alone. The last layer therefore computes only that position,
-  which is exact and saves 10/12 of its matrix products.
+  which is exact. It saves 10/12 of the layer's products: K and V remain, each 1/12 of them.
 - Checkpoints are safetensors in Hugging Face's layout, in and out.
 
 Nothing here knows of pruning. What a pruner may ask of a model stands at the end of class `Bert`.
 
-Axes: B examples, T tokens, R positions that attend, C hidden size, H attention heads, D = C/H,
+Axes: B examples, T tokens, R positions with a query, C hidden size, H attention heads, D = C/H,
 F feed-forward size, V vocabulary, K outputs.
 """
 
@@ -63,6 +63,8 @@ class BertConfig:
 
 
 class Embeddings(nn.Module):
+    """The sum of word, position and token type embeddings, normalised."""
+
     def __init__(self, config):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -79,6 +81,8 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
+    """Attention with H heads, without the output projection."""
+
     def __init__(self, config):
         super().__init__()
         width = config.hidden_size
@@ -92,9 +96,9 @@ class SelfAttention(nn.Module):
     def split_heads(self, x):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
 
-    def forward(self, hidden, readers, mask):
-        """Let `readers` (B, R, C) attend to `hidden` (B, T, C) where `mask` (B, 1, 1, T) is set."""
-        q = self.split_heads(self.query(readers))
+    def forward(self, hidden, queries, mask):
+        """Let `queries` (B, R, C) attend to `hidden` (B, T, C) where `mask` (B, 1, 1, T) is set."""
+        q = self.split_heads(self.query(queries))
         k = self.split_heads(self.key(hidden))
         v = self.split_heads(self.value(hidden))
         dropout = self.dropout if self.training else 0.0
@@ -116,6 +120,11 @@ class Residual(nn.Module):
 
 
 class Layer(nn.Module):
+    """One post-LN layer. With `first_only` only position 0 is computed (R = 1).
+
+    Its keys and values still come from every position.
+    """
+
     def __init__(self, config):
         super().__init__()
         width = config.hidden_size
@@ -127,14 +136,16 @@ class Layer(nn.Module):
         self.output = Residual(config, inner)
 
     def forward(self, hidden, mask, first_only=False):
-        readers = hidden[:, :1] if first_only else hidden  # (B, R, C)
-        attended = self.attention["self"](hidden, readers, mask)
-        readers = self.attention["output"](attended, readers)
-        inner = F.gelu(self.intermediate["dense"](readers))  # (B, R, C) -> (B, R, F)
-        return self.output(inner, readers)  # (B, R, F) -> (B, R, C)
+        queries = hidden[:, :1] if first_only else hidden  # (B, R, C)
+        attended = self.attention["self"](hidden, queries, mask)
+        attended = self.attention["output"](attended, queries)
+        inner = F.gelu(self.intermediate["dense"](attended))  # (B, R, C) -> (B, R, F)
+        return self.output(inner, attended)  # (B, R, F) -> (B, R, C)
 
 
 class BertModel(nn.Module):
+    """The embeddings and the layers."""
+
     def __init__(self, config, pooler):
         super().__init__()
         layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
@@ -172,7 +183,7 @@ class MLMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden, embedding, ids=slice(None)):
-        """Return the logits (..., len(ids)) of the words `ids` for `hidden` (..., C)."""
+        """Return the logits (..., K) of the words `ids` (default: all) for `hidden` (..., C)."""
         hidden = self.transform["LayerNorm"](F.gelu(self.transform["dense"](hidden)))
         return F.linear(hidden, embedding[ids], self.bias[ids])  # (..., C) x (C, K) -> (..., K)
 
@@ -261,7 +272,6 @@ def to_value(logits, low, high):
 # -------------------------------------------------------------------------------------------------
 # device and dtype
 
-
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -301,7 +311,7 @@ def pick_dtype(device):
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    can = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not tell
+    can = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not tell: {}
     able = can.get("avx512_bf16") or can.get("amx_bf16")
     return "bf16" if device.type == "cpu" and able else "fp32"
 

@@ -1,4 +1,4 @@
-"""Which weights a layer sees: masked layers, mask functions, and one small class per method.
+"""How weights are masked: masked layers, mask functions, and one small class per method.
 
 The papers:
 - SMP: Jiang et al., "Pruning Pre-trained Language Models Without Fine-Tuning", ACL 2023,
@@ -8,10 +8,11 @@ The papers:
 - PLATON: Zhang et al., ICML 2022, arXiv 2206.12562
 
 Their symbols and our words: W or theta `weight`, S `scores`, M or m `mask`, v `density` (the
-fraction kept), T `total_steps`, lambda `penalty`, R the regulariser, g `grad`, eta `lr`,
-I `importance`. A weight is (out, in); L is the number of layers.
+fraction kept), T `total_steps`, lambda `strength`, R the regulariser, g `grad`, eta `lr`,
+I `importance`. A weight is (out, in). L is the number of layers. The *peers* of a matrix are the
+same matrix in each of the L layers.
 
-A method is a class with the calls of `Dense`. train.py makes these calls and knows no formula.
+A method is a class with the functions of `Dense`. train.py calls them and knows no formula.
 Step t is: forward with the masks of `update(t)`, backward, `penalise(t)`, clip, `observe(t)`,
 the optimizer, `update(t + 1)`. Evaluation sees the masks of `update(t + 1)`, too.
 """
@@ -32,12 +33,13 @@ def cubic_at(step, first, last, start, end):
 
     1.0 |***
         |   *
-        |    **
-      v |      **********
-        0  start  end    T
+        |     **
+      v |        *********
+        +--+-----+-------+
+        0  start end     T
 
-    It is the density of every method (1 to v), soft movement's tau (0 to 0.1), and SMP's lambda
-    (0 to 400).
+    It is the density of the methods that have one (1 to v), soft movement's tau (0 to 0.1), and
+    SMP's lambda (0 to 400).
     """
     if step <= start:
         return first
@@ -58,7 +60,7 @@ class StraightThrough(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, scores, weight, mask):
+    def forward(ctx, scores, weight, mask):  # `scores` is here to get a gradient; it may be None
         ctx.save_for_backward(weight, mask)
         return weight * mask  # four times as fast as torch.where on a CPU
 
@@ -73,16 +75,17 @@ class StraightThrough(torch.autograd.Function):
 class MaskedLinear(nn.Linear):
     """A linear layer that multiplies by weight * mask, both (out, in).
 
-    The scores start at `first`; with `first=None` there are none. At first the mask keeps all.
+    The scores start at `initial`; with `initial=None` there are none. The mask starts at all ones.
     """
 
-    def __init__(self, linear, first=0.0):
+    def __init__(self, linear, initial=0.0):
+        # On "meta" nothing is allocated, because weight and bias are replaced at once.
         super().__init__(linear.in_features, linear.out_features, device="meta")
         self.weight = linear.weight
         self.bias = linear.bias
         self.scores = None
-        if first is not None:
-            self.scores = nn.Parameter(torch.full_like(linear.weight, first))
+        if initial is not None:
+            self.scores = nn.Parameter(torch.full_like(linear.weight, initial))
         mask = torch.ones_like(linear.weight, dtype=torch.bool)
         self.register_buffer("mask", mask, persistent=False)
 
@@ -108,10 +111,10 @@ def keep_largest(linears, values, counts):
 
 
 def share_out(r, density, redistribute=True):
-    """Return densities (types, L) proportional to `r` (types, L) in each row, with mean `density`.
+    """Return densities (6, L): in each row proportional to `r` (6, L), with mean `density`.
 
-    v_l = v * L * r_l / sum_l' r_l'. A share above 1 is cut. The released code loses the rest;
-    with `redistribute`, the other matrices of the row get it in proportion.
+    v_l = v * L * r_l / sum_l' r_l'. A share above 1 is cut. The released code loses the rest. With
+    `redistribute` the other matrices of the row get it in proportion.
     """
     layers = r.size(1)
     shares = density * layers * r / r.sum(1, keepdim=True)
@@ -125,18 +128,18 @@ def share_out(r, density, redistribute=True):
     return shares.clamp(max=1.0)
 
 
-def add_penalty(linears, penalty, shift=0.0):
-    """Add the gradient of penalty * R to that of the scores; return R.
+def add_penalty(linears, strength, shift=0.0):
+    """Add the gradient of strength * R to that of the scores; return R.
 
     R = mean over matrices of mean(s), s = sigmoid(S - shift) (released code; papers: sums).
-    dR/dS = s (1 - s) / (numel * matrices). `penalty` is a number or a 0-dim tensor.
+    dR/dS = s (1 - s) / (numel * matrices). `strength` is a number or a 0-dim tensor.
     """
     means = []
     for linear in linears:
         s = torch.sigmoid(linear.scores - shift if shift else linear.scores)
         means.append(s.mean())
         slope = torch.addcmul(s, s, s, value=-1)  # s - s^2
-        linear.scores.grad.add_(slope.mul_(penalty / (s.numel() * len(linears))))
+        linear.scores.grad.add_(slope.mul_(strength / (s.numel() * len(linears))))
     return torch.stack(means).mean()
 
 
@@ -145,11 +148,11 @@ def add_penalty(linears, penalty, shift=0.0):
 
 
 class Dense:
-    """Plain fine-tuning of every weight: the baseline, the teacher of others, and every call."""
+    """Plain fine-tuning of every weight, and the functions that train.py calls of every method."""
 
     recipe = "dense"  # the row of train.py's RECIPES
     output_head = "classifier"  # or "words": the label words, without a new weight
-    top_k = False  # keeps the largest scores at a density; then it knows patterns and sweeps, too
+    top_k = False  # the density alone tells how many weights stay; then patterns are possible, too
 
     def __init__(self, model, settings, total_steps):
         self.model = model
@@ -165,10 +168,16 @@ class Dense:
         released code) have no weight decay.
         """
         s = self.settings
-        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        scores = [p for name, p in trained.items() if name.endswith(".scores")]
-        matrices = [p for n, p in trained.items() if p.dim() > 1 and not n.endswith(".scores")]
-        vectors = [p for p in trained.values() if p.dim() == 1]
+        matrices = []
+        vectors = []
+        scores = []
+        for name, p in self.model.named_parameters():
+            if name.endswith(".scores"):
+                scores.append(p)
+            elif p.requires_grad and p.dim() > 1:
+                matrices.append(p)
+            elif p.requires_grad:
+                vectors.append(p)
         groups = [
             {"params": matrices, "lr": s.lr, "weight_decay": s.weight_decay},
             {"params": vectors, "lr": s.lr, "weight_decay": 0.0},
@@ -184,14 +193,14 @@ class Dense:
         return 0.0
 
     def observe(self, step, lr):
-        """See the gradients of step `step` as the optimizer will: whole, unscaled, clipped."""
+        """Look at the clipped gradients of the whole batch, before the optimizer's step."""
 
     def density(self, step):
         """Return the density asked for at `step`."""
         return cubic_at(step, 1.0, self.settings.density, self.start, self.end)
 
     def settled(self, step):
-        """Is the density after `step` steps the final one? Only then may a result be chosen."""
+        """Is the density after `step` steps the final one? The best is chosen among such steps."""
         return True
 
     def achieved(self):
@@ -207,18 +216,18 @@ class Dense:
         return {}
 
 
-class Scored(Dense):
-    """What SMP and movement pruning share: a matrix keeps its int(v * numel) largest scores."""
+class Masked(Dense):
+    """A method with masks: a matrix keeps the int(v * numel) weights of largest `rank`."""
 
     layer = MaskedLinear
-    first = 0.0  # value of the scores at the start; None: there are none
+    initial = 0.0  # value of the scores at the start; None: there are none
     top_k = True
 
     def __init__(self, model, settings, total_steps):
         super().__init__(model, settings, total_steps)
         self.freeze()
-        self.masked = mask_matrices(model, self.layer, self.first)  # {letter: [L layers]}
-        self.linears = [linear for column in self.masked.values() for linear in column]
+        self.masked = mask_matrices(model, self.layer, self.initial)  # {letter: [L layers]}
+        self.linears = [linear for peers in self.masked.values() for linear in peers]
         self.size = sum(linear.weight.numel() for linear in self.linears)
 
     def freeze(self):
@@ -233,7 +242,7 @@ class Scored(Dense):
 
     def shares(self, density):
         """Return the density of each matrix, (6, L): a row per letter, in the order of `masked`."""
-        return [[density] * len(column) for column in self.masked.values()]
+        return [[density] * len(peers) for peers in self.masked.values()]
 
     @torch.no_grad()
     def update(self, step):
@@ -241,14 +250,14 @@ class Scored(Dense):
         if self.settings.pattern != "weight":
             keep_pattern(self, density)
             return
-        for column, shares in zip(self.masked.values(), self.shares(density)):
-            self.keep_weights(column, shares)
+        for peers, shares in zip(self.masked.values(), self.shares(density)):
+            self.keep_weights(peers, shares)
 
-    def keep_weights(self, column, shares):
-        """Mask the L matrices of a letter by single weights, at densities `shares` (L)."""
-        size = column[0].weight.numel()
-        values = [self.rank(linear) for linear in column]
-        keep_largest(column, values, [share * size for share in shares])
+    def keep_weights(self, peers, shares):
+        """Mask L peers by single weights, at the densities `shares` (L)."""
+        size = peers[0].weight.numel()
+        values = [self.rank(linear) for linear in peers]
+        keep_largest(peers, values, [share * size for share in shares])
 
     def kept(self):
         """Return the number of weights that the masks keep, as a tensor."""
@@ -266,7 +275,7 @@ class Scored(Dense):
         return tensors
 
 
-class SMPLocal(Scored):
+class SMPLocal(Masked):
     """SMP-L: the whole model is frozen, and only S is learned."""
 
     recipe = "smp"
@@ -278,31 +287,34 @@ class SMPLocal(Scored):
     @torch.no_grad()
     def penalise(self, step):
         # lambda_t = lambda (1 - (1 - t/T)^3) over ALL steps (SMP, released code)
-        penalty = cubic_at(step, 0.0, self.settings.reg_lambda, 0, self.total_steps)
-        return add_penalty(self.linears, penalty)
+        strength = cubic_at(step, 0.0, self.settings.reg_lambda, 0, self.total_steps)
+        return add_penalty(self.linears, strength)
 
 
 class SMPShared(SMPLocal):
-    """SMP-S: the L matrices of a letter share its budget by how large their scores are.
+    """SMP-S: peers share the budget of their letter by how large their scores are.
 
     The share is proportional to r = mean(sigmoid(S / p)). p is in the released code only.
     """
 
     def shares(self, density):
-        # Float64, so that the order of a sum, hence the number of threads, moves no count.
+        # In float32 the order of a sum, which depends on the threads, could change a count. MPS
+        # has no float64.
         wide = torch.float32 if self.linears[0].scores.is_mps else torch.float64
         p = self.settings.temperature_s
         r = [torch.sigmoid(linear.scores / p).mean(dtype=wide) for linear in self.linears]
         r = torch.stack(r).view(len(self.masked), -1)  # (6 * L) -> (6, L)
         shares = share_out(r, density, self.settings.redistribute)
-        return shares.tolist() if shares.is_cpu else shares
+        return (
+            shares.tolist() if shares.is_cpu else shares
+        )  # elsewhere tolist() makes the host wait
 
 
 # -------------------------------------------------------------------------------------------------
 # the movement family
 
 
-class Movement(Scored):
+class Movement(Masked):
     """MvP, hard movement pruning: S and W are both learned; each matrix keeps its largest scores.
 
     By the straight-through gradient S = -lr * sum_t (dL/dW') * W: high where |W| grows.
@@ -318,7 +330,7 @@ class Magnitude(Movement):
     """MaP, magnitude pruning: each matrix keeps its largest |W|. Masked weights get no gradient."""
 
     recipe = "magnitude"
-    first = None
+    initial = None
 
     def rank(self, linear):
         return linear.weight.abs()
@@ -346,30 +358,30 @@ class SoftMovement(Movement):
         return target is None or abs(self.achieved() / target - 1) <= 0.1
 
     def update(self, step):
-        for column in self.masked.values():
+        for peers in self.masked.values():
             counts = []
-            for linear in column:
+            for linear in peers:
                 above = (torch.sigmoid(linear.scores) > self.tau(step)).sum()
                 least = int(0.005 * linear.weight.numel()) + 1  # 0.5% of a matrix stay
                 counts.append(above.clamp(min=least))
-            keep_largest(column, [linear.scores for linear in column], counts)
+            keep_largest(peers, [linear.scores for linear in peers], counts)
 
     @torch.no_grad()
     def penalise(self, step):
-        penalty = self.settings.reg_lambda * self.tau(step) / self.threshold
-        return add_penalty(self.linears, self.steer(step, penalty), self.shift)
+        strength = self.settings.reg_lambda * self.tau(step) / self.threshold
+        return add_penalty(self.linears, self.steer(step, strength), self.shift)
 
-    def steer(self, step, penalty):
-        """Return lambda: the published `penalty`, or with a density asked for, a multiple of it.
+    def steer(self, step, strength):
+        """Return lambda: `strength` itself, or with a density asked for, a multiple of it.
 
         The factor is sinh(40 e) with e = log(kept / asked for) at this step. It is between -74 and
         74, which it reaches where the density is off by an eighth. Runs end within 3% of the
         density asked for (measured).
         """
         if self.settings.density is None:
-            return penalty
+            return strength
         error = (self.kept() / (self.density(step) * self.size)).log()
-        return penalty * (40 * error).clamp(-5, 5).sinh()
+        return strength * (40 * error).clamp(-5, 5).sinh()
 
 
 class HardConcreteLinear(MaskedLinear):
@@ -400,7 +412,7 @@ class L0(SoftMovement):
 
     recipe = "l0"
     layer = HardConcreteLinear
-    first = 2.197  # sigmoid(2.197) = 0.9
+    initial = 2.197  # sigmoid(2.197) = 0.9
     shift = HardConcreteLinear.temperature * math.log(0.1 / 1.1)
 
     def tau(self, step):
@@ -437,14 +449,14 @@ class Pins(Dense):
 
     def __init__(self, model, settings, total_steps):
         super().__init__(model, settings, total_steps)
-        columns = encoder_matrices(model).values()
-        self.weights = [linear.weight for column in columns for linear in column]
+        matrices = encoder_matrices(model).values()
+        self.weights = [linear.weight for peers in matrices for linear in peers]
         self.sizes = [weight.numel() for weight in self.weights]
         # Flat, over all matrices: the mean of I in the present window, the moving average of these
         # means, and the moving average of how far they lie from it (the uncertainty).
         zeros = torch.zeros(3, sum(self.sizes), device=self.weights[0].device)
-        self.window, self.ema, self.unc = zeros
-        self.mask = None  # what is kept; None: nothing is to be zeroed after this step
+        self.window, self.ema, self.unc = zeros  # the three rows
+        self.mask = None  # flat: what is kept; None: nothing is to be zeroed after this step
 
     def settled(self, step):
         return step - 1 > self.end
@@ -467,8 +479,8 @@ class Pins(Dense):
             value = self.criterion(weight, weight.grad, lr)
             value.nan_to_num_(0.0, 0.0, 0.0)  # fp16: a step that the scaler is about to skip
             mean.lerp_(value.flatten(), 1 / (place + 1))  # (out, in) -> (numel,)
-        in_ramp = step > self.start and place == 0
-        if in_ramp or step > self.end:
+        ranks = step > self.start and place == 0  # once per window in the ramp, then every step
+        if ranks or step > self.end:
             self.mask = self.select(self.density(step))
 
     def select(self, density):
@@ -537,7 +549,8 @@ METHODS = {
 def distill(task_loss, student, teacher):
     """Return 0.5 * task + 0.5 * T^2 * KL(p_teacher || p_student) per example (B,), with T = 2.
 
-    `student` and `teacher` are logits (B, K). So is SMP's released code; its paper swaps the KL.
+    `student` and `teacher` are logits (B, K). SMP's released code does this. Its paper has
+    KL(p_student || p_teacher).
     """
     log_student = F.log_softmax(student / 2, dim=1)
     p_teacher = F.softmax(teacher / 2, dim=1)
@@ -574,14 +587,14 @@ def encoder_matrices(model):
     }
 
 
-def mask_matrices(model, kind=MaskedLinear, first=0.0):
+def mask_matrices(model, kind=MaskedLinear, initial=0.0):
     """Put a masked layer in place of every matrix; return {letter: [L masked layers]}."""
     masked = encoder_matrices(model)
-    for letter, column in masked.items():
-        for i, linear in enumerate(column):
+    for letter, peers in masked.items():
+        for i, linear in enumerate(peers):
             assert type(linear) is nn.Linear, f"{letter} of layer {i} is masked twice"
-            column[i] = kind(linear, first)
-            model.layers[i].set_submodule(model.matrices[letter], column[i])
+            peers[i] = kind(linear, initial)
+            model.layers[i].set_submodule(model.matrices[letter], peers[i])
     return masked
 
 
@@ -607,13 +620,13 @@ def baked_state(model):
 # exact selection, without sorting everything
 
 
-def kth_largest(scores, k):
+def kth_largest(values, k):
     """Return the k-th largest value (1 <= k <= n) of a flat float32 array, exactly.
 
     Floyd and Rivest (1975): a sample brackets the value; only what lies inside is partitioned.
     """
-    n = scores.size
-    sample = np.sort(scores[::61])  # a prime, because the columns of a matrix may repeat
+    n = values.size
+    sample = np.sort(values[::61])  # a prime, because the columns of a matrix may repeat
     rank = (1 - k / n) * sample.size  # where the value should lie in the sample
     spread = 2 + 3 * math.sqrt(sample.size * k / n * (1 - k / n))  # three standard deviations
     low_rank = math.floor(rank - spread)
@@ -622,28 +635,28 @@ def kth_largest(scores, k):
     high = sample[high_rank] if high_rank < sample.size else np.inf
 
     # The value is inside if and only if at_or_above < k <= at_or_above + inside.size.
-    at_or_above = np.count_nonzero(scores >= high)
-    inside = scores[(scores > low) & (scores < high)]
+    at_or_above = np.count_nonzero(values >= high)
+    inside = values[(values > low) & (values < high)]
     place = inside.size - (k - at_or_above)  # in ascending order
     if 0 <= place < inside.size:
         return np.partition(inside, place)[place]
-    return np.partition(scores, n - k)[n - k]  # many scores are equal, or the sample misled
+    return np.partition(values, n - k)[n - k]  # many values are equal, or the sample misled
 
 
-def kth_largest_on_device(scores, k):
-    """Do the same for each row of `scores` (L, n) with its own `k` (L, 1); return (L, 1).
+def kth_largest_on_device(values, k):
+    """Do the same for each row of `values` (L, n) with its own `k` (L, 1); return (L, 1).
 
     Nothing is read back from the device. The search is a bisection on bits: the bits of a float
     are an integer in the same order, once those of negative floats are turned round.
     """
     lowest = torch.iinfo(torch.int32).min
-    keys = scores.view(torch.int32)
+    keys = values.view(torch.int32)
     keys = torch.where(keys < 0, ~keys | lowest, keys)  # -0.0 becomes -1, just below 0.0
     low = torch.where((keys >= 0).sum(1, keepdim=True) >= k, 0, lowest)  # the sign
     for bit in range(30, -1, -1):  # then the other 31 bits
         middle = low + (1 << bit)
         low = torch.where((keys >= middle).sum(1, keepdim=True) >= k, middle, low)
-    return torch.where(keys == low, scores, -math.inf).amax(1, keepdim=True)
+    return torch.where(keys == low, values, -math.inf).amax(1, keepdim=True)
 
 
 def threshold_at(values, k):
@@ -653,15 +666,15 @@ def threshold_at(values, k):
     return kth_largest_on_device(values[None], torch.full((1, 1), k, device=values.device))[0, 0]
 
 
-def top_k_masks(scores, counts):
-    """Return for each of L matrices of one shape the bool mask of its counts[l] largest scores.
+def top_k_masks(values, counts):
+    """Return for each of L matrices of one shape the bool mask of its counts[l] largest.
 
-    Exactly so many are kept, among equal scores the first in row-major order. Raises ValueError
+    Exactly so many are kept, among equals the first in row-major order. Raises ValueError
     for NaN and infinity, but only on a CPU: elsewhere a look would make the host wait.
     """
-    if scores[0].is_cpu:
-        return [top_k_mask(s, int(count)) for s, count in zip(scores, counts)]
-    flat = torch.stack(list(scores)).detach().flatten(1)  # (L, out, in) -> (L, numel)
+    if values[0].is_cpu:
+        return [top_k_mask(v, int(count)) for v, count in zip(values, counts)]
+    flat = torch.stack(list(values)).detach().flatten(1)  # (L, out, in) -> (L, numel)
     k = flat.new_empty(len(counts), 1, dtype=torch.long)  # (L, 1)
     for i, count in enumerate(counts):
         k[i] = count  # neither a number nor a tensor on the device makes the host wait
@@ -669,24 +682,24 @@ def top_k_masks(scores, counts):
     above = flat > threshold
     equal = flat == threshold
     missing = k - above.sum(1, keepdim=True)
-    first = equal.cumsum(1, dtype=torch.int32) <= missing
-    masks = (above | (equal & first)) & (k > 0)
-    return masks.unflatten(1, scores[0].shape).unbind()  # (L, numel) -> L times (out, in)
+    early = equal.cumsum(1, dtype=torch.int32) <= missing  # among equals the first
+    masks = (above | (equal & early)) & (k > 0)
+    return masks.unflatten(1, values[0].shape).unbind()  # (L, numel) -> L times (out, in)
 
 
-def top_k_mask(scores, k):
+def top_k_mask(values, k):
     """Do what `top_k_masks` does for one matrix on the CPU."""
-    if k in (0, scores.numel()):
-        return torch.full_like(scores, k > 0, dtype=torch.bool)
-    flat = scores.detach().numpy().reshape(-1)  # (out, in) -> (numel,)
+    if k in (0, values.numel()):
+        return torch.full_like(values, k > 0, dtype=torch.bool)
+    flat = values.detach().numpy().reshape(-1)  # (out, in) -> (numel,)
     if not math.isfinite(flat.sum()):
-        raise ValueError("NaN or infinity among the scores: no order tells which are the largest")
+        raise ValueError("NaN or infinity among the values: no order tells which are the largest")
     threshold = kth_largest(flat, k)
     mask = flat >= threshold
     surplus = np.count_nonzero(mask) - k
     if surplus:
         mask[np.flatnonzero(flat == threshold)[-surplus:]] = False
-    return torch.from_numpy(mask).view(scores.shape)
+    return torch.from_numpy(mask).view(values.shape)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -703,7 +716,7 @@ def n_of_m(pattern):
 
 
 def keep_pattern(method, density):
-    """Make the masks of a `Scored` method whose pattern is n:m, "unit" or "head"."""
+    """Make the masks of a `Masked` method whose pattern is n:m, "unit" or "head"."""
     pattern = method.settings.pattern
     n, m = n_of_m(pattern)
     if n:

@@ -4,11 +4,11 @@
     python train.py --model google-bert/bert-base-uncased --task mnli --method smp-s --density 0.10
     torchrun --nproc-per-node 4 train.py ...            the same on four devices
 
-A run is a pure function of its settings. The order of the data is drawn from (seed, epoch), and
-dropout from (seed, step, rank). An interrupted run therefore continues bit-exactly from its
-parameters, the moments of its optimizer, and its step.
+On one machine with one version of torch, the settings determine a run. The order of the data is
+drawn from (seed, epoch), and dropout from (seed, step, rank). An interrupted run therefore
+continues bit-exactly from its parameters, the moments of its optimizer, and its step.
 
-A flag whose default is None has the published value for the method and task.
+Where the help of a flag says "recipe", the method and the task determine the value.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import Parser, UserError, atomic_write, batches, collate, get_task, load_dataset
 from data import load_tokenizer, program, read_json, require, share_of_batch, word_ids, write_json
-from eval import evaluate, load_dev, load_run, show, targets
+from eval import evaluate, load_dev, load_run, show, teacher_table
 from model import DEVICES, autocast, find_model, inputs, join_processes, load_model, model_sha256
 from model import peak_memory, pick_dtype, read_config, read_safetensors, save_model, send
 from model import task_loss
@@ -59,7 +59,7 @@ def number(kind, interval):
             raise argparse.ArgumentTypeError(f"{text}: expected a number in {interval}")
         return value
 
-    parse_number.__name__ = interval
+    parse_number.__name__ = interval  # --help shows it
     return parse_number
 
 
@@ -76,33 +76,34 @@ DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 @dataclass
 class Settings:
-    """Everything a run depends on. Each field is a flag, and its comment the help of the flag.
+    """Everything a run depends on.
 
-    None: taken from RECIPES for the method and task.
+    Each field is a flag. Its annotation is what `parse` gives to argparse, a parser of the text or
+    the choices. Its comment is the help of the flag. "recipe": see the function `recipe`.
     """
 
     model: str = "demo"  # demo, a folder in Hugging Face's layout, or a Hugging Face id
     task: str = "demo"  # demo, cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli
     task_file: str = None  # your own task: a JSON file, see README
     method: tuple(METHODS) = "smp-s"  # how to prune
-    density: POSITIVE_SHARE = None  # fraction kept; recipe 0.1, pins 0.2; l0: what comes out
+    density: POSITIVE_SHARE = None  # fraction kept; recipe 0.1, pins 0.2, l0 and soft none
     out: str = None  # run folder; default runs/TASK-METHOD-DENSITY-sSEED
     resume: bool = False  # continue the run in --out bit-exactly from its last checkpoint
 
     data_dir: str = "data"  # folder of the GLUE files; what is missing is downloaded there
     max_length: COUNT = None  # tokens an example is cut to; recipe 128 (SMP code)
 
-    epochs: COUNT = None  # passes over the training set; recipe by task
+    epochs: COUNT = None  # passes over the training set; recipe by method and task
     max_steps: COUNT_OR_OFF = 0  # optimizer steps of the whole run in place of epochs; 0: off
-    batch_size: COUNT = None  # examples per step, over devices and micro-batches; recipe by task
+    batch_size: COUNT = None  # examples per step, over all devices; recipe by method and task
     max_tokens: COUNT_OR_OFF = 0  # tokens per step with padding, in place of batch-size; 0: off
-    grad_accum: COUNT = 1  # micro-batches that a batch is computed in: less memory, same result
+    grad_accum: COUNT = 1  # micro-batches of a batch: less memory, same result up to dropout
     lr: RATE = None  # peak learning rate of the weights; recipe 3e-5 (Devlin et al. A.3)
     warmup: number(float, "[0, 1]") = None  # fraction of the run in which lr rises; by method
     weight_decay: RATE = None  # AdamW's, on matrices only; recipe dense 0.01 (Devlin), else 0
     clip: POSITIVE = 1.0  # largest gradient norm (SMP code; Devlin et al. code)
     dropout: BELOW_ONE = None  # probability, hidden and attention; recipe 0.1, as in pretraining
-    seed: number(int, "[0, 2147483647]") = 0  # of a new output head, the data's order, dropout
+    seed: number(int, "[0, 2147483647]") = 0  # of a new head, data order, dropout, L0, splits
 
     pattern: str = "weight"  # what is kept as one: weight, unit, head, or n:m as 2:4
     score_lr: RATE = None  # peak learning rate of the scores; recipe by method
@@ -116,8 +117,8 @@ class Settings:
     beta1: BELOW_ONE = None  # PINS: decay of the average of I; recipe 0.85, sensitivity 0
     beta2: BELOW_ONE = 0.99  # PINS: decay of the average of the uncertainty (PINS code on RTE)
     regression: REGRESSIONS = "interpolate"  # p(yes) against "no", or the logit of "yes" (SMP)
-    teacher: str = None  # dense run; self: own best checkpoint; self:RUN: from a dense run on; none
-    teacher_split: number(float, "[0, 0.5]") = 0.0  # part of train that chooses self; 0: dev
+    teacher: str = None  # none, RUN (dense), self (own best) or self:RUN; recipe pins self
+    teacher_split: number(float, "[0, 0.5]") = 0.0  # of train, to choose self; 0: on dev
 
     eval_every: COUNT_OR_OFF = 0  # steps between evaluations, each with a checkpoint; 0: per epoch
     log_every: COUNT = 50  # steps between log lines
@@ -128,9 +129,20 @@ class Settings:
 # The published recipes. A method's class names its row. FOR_TASK has what differs on a task. A
 # fraction of the run is the published number of steps over the steps of the run it is from.
 
-COMMON = {"max_length": 128, "dropout": 0.1, "lr": 3e-5, "weight_decay": 0.0, "warmup": 0.0}
-COMMON |= {"density": 0.1, "hold": 0.0, "score_lr": 0.0, "reg_lambda": 0.0, "beta1": 0.85}
-COMMON |= {"teacher": "none", "dtype": "auto"}
+COMMON = {
+    "max_length": 128,
+    "dropout": 0.1,
+    "lr": 3e-5,
+    "weight_decay": 0.0,
+    "warmup": 0.0,
+    "density": 0.1,
+    "hold": 0.0,
+    "score_lr": 0.0,
+    "reg_lambda": 0.0,
+    "beta1": 0.85,
+    "teacher": "none",
+    "dtype": "auto",
+}
 # Devlin et al., A.2 and A.3.
 DENSE = COMMON | {"epochs": 3, "batch_size": 32, "density": 1.0}
 DENSE |= {"warmup": 0.1, "weight_decay": 0.01}
@@ -178,7 +190,7 @@ def recipe(s):
     temperature = 4.0 if density >= 0.7 else 1.0
     if s.task == "mnli" and density == 0.5 and s.teacher in (None, "none"):
         temperature = 3.0
-    return {"ramp": ramp, "temperature_s": temperature} | values
+    return {"ramp": ramp, "temperature_s": temperature} | values  # a row may have its own ramp
 
 
 def as_flag(name):
@@ -203,7 +215,7 @@ def parse(argv):
 def settings_from(given):
     """Return Settings with the recipe filled in; UserError names the flags that contradict."""
     s = Settings(**given)
-    s.task = get_task(s.task, s.task_file).name  # also: is there such a task?
+    s.task = get_task(s.task, s.task_file).name  # UserError for an unknown task
     whole = s.method != "dense" or s.density in (None, 1.0)
     require(whole, f"--density {s.density}: dense keeps every weight; choose another --method")
     if s.pattern != "weight":
@@ -258,7 +270,7 @@ class Progress:
 
 
 class Run:
-    """A run: what its settings became, and what it remembers. `loop` trains it."""
+    """The model, data, method, optimizer and progress of one run. `loop` trains it."""
 
     def __init__(self, s, command):
         self.settings = s
@@ -271,8 +283,8 @@ class Run:
             dist.barrier()  # rank 0 downloads, unzips and tokenises; the others find it done
         self.task = get_task(s.task, s.task_file)
         self.source = find_model(s.model)
-        self.load_model(s)
-        self.load_data(s)
+        self.prepare_model(s)
+        self.prepare_data(s)
         if self.rank == 0 and self.world > 1:
             dist.barrier()
 
@@ -282,7 +294,8 @@ class Run:
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == "fp16")
         self.net = DistributedDataParallel(self.model) if self.world > 1 else self.model
-        # Every rank makes the masks itself. As an argument this is deprecated since torch 2.13.
+        # Every rank makes the masks itself. As an argument this is deprecated since torch 2.13. On
+        # one process nothing reads it.
         self.net.broadcast_buffers = False
 
         self.progress = Progress()
@@ -300,8 +313,8 @@ class Run:
         self.norm = 0.0  # of the last gradient
         self.started = time.perf_counter() - self.progress.seconds
 
-    def load_model(self, s):
-        """Load the tokenizer, and the model with the output head that the method asks for."""
+    def prepare_model(self, s):
+        """Load the tokenizer and the model; check the settings that depend on its sizes."""
         config = read_config(self.source)
         most = config.max_position_embeddings
         require(
@@ -323,22 +336,22 @@ class Run:
         if head == "words" and not hasattr(self.model, "cls"):
             self.log.say(f"{s.model} has no MLM head: the logit of a class is h_[CLS] . e(word)")
 
-    def load_data(self, s):
-        """Load the splits, and count the steps."""
+    def prepare_data(self, s):
+        """Load the splits and count the steps."""
         self.train_set = load_dataset(self.task, "train", self.tokenizer, s.max_length, s.data_dir)
         self.dev_sets = load_dev(self.task, self.tokenizer, s.max_length, s.data_dir)
         self.held_out = {}  # part of train to choose the teacher on
         if s.teacher_split:
             self.train_set, self.held_out[""] = self.train_set.split(s.teacher_split, s.seed)
-        self.steps_per_epoch = len(self.batches(0))
+        self.steps_per_epoch = len(self.batches_of(0))
         self.examples_per_step = len(self.train_set) / self.steps_per_epoch
         self.total_steps = s.max_steps or s.epochs * self.steps_per_epoch
 
-    def batches(self, epoch):
+    def batches_of(self, epoch):
         s = self.settings
         return batches(self.train_set.lengths, s.batch_size, s.seed, epoch, s.max_tokens)
 
-    def evaluate(self, model, dev_sets):
+    def measure(self, model, dev_sets):
         return evaluate(model, self.task, dev_sets, self.device, self.dtype)
 
     def speed(self, step):
@@ -366,14 +379,14 @@ def lr_at(step, total_steps, warmup):
 
 
 class Teacher:
-    """From whom the student learns besides the labels.
+    """The model whose predictions the run learns from, besides the labels.
 
-    That is nobody, a dense run, this run's own best checkpoint so far ("self"), or a dense run
-    until a checkpoint is better ("self:RUN").
+    That is none, a dense run, this run's own best checkpoint so far ("self"), or a dense run until
+    a checkpoint is better ("self:RUN").
 
     `table` is what the teacher says of each training example: logits (N, K) or, of a regression
     task, values (N,). It depends on nothing but teacher and example, and is computed once per
-    teacher. None: nobody teaches yet.
+    teacher. None: there is no teacher yet.
     """
 
     def __init__(self, setting):
@@ -391,7 +404,7 @@ class Teacher:
         require(theirs == ours, f"{name}: trained on {theirs}; this run is on {ours}")
         same = tokenizer.to_str() == run.tokenizer.to_str()
         require(same, f"{name}: its tokenizer differs from that of {run.settings.model}")
-        metrics = run.evaluate(model.to(run.device), run.held_out or run.dev_sets)
+        metrics = run.measure(model.to(run.device), run.held_out or run.dev_sets)
         run.log.say(f"teacher {self.dense_run}: {show(metrics)}")
         self.take_over(run, model, metrics[task.metrics[0]])
 
@@ -403,7 +416,7 @@ class Teacher:
         if not self.is_self or step == run.total_steps:
             return
         if run.held_out:
-            metrics = run.evaluate(run.model, run.held_out)
+            metrics = run.measure(run.model, run.held_out)
         measured = metrics[run.task.metrics[0]]
         if run.progress.teacher is None or measured > run.progress.teacher:
             self.take_over(run, run.model, measured)
@@ -412,7 +425,7 @@ class Teacher:
 
     def take_over(self, run, model, measured):
         run.progress.teacher = measured
-        self.table = targets(model, run.task, run.train_set, run.device, run.dtype)
+        self.table = teacher_table(model, run.task, run.train_set, run.device, run.dtype)
 
     def losses(self, losses, logits, examples, task):
         """Return the losses (B,) of the task with the teacher's part, for logits (B, K)."""
@@ -445,14 +458,14 @@ def loop(run, stop):
     for step in range(run.progress.step, run.total_steps):
         epoch, place = divmod(step, run.steps_per_epoch)
         if epoch != order_epoch:
-            order = run.batches(epoch)
+            order = run.batches_of(epoch)
             order_epoch = epoch
         for group, peak in zip(optimizer.param_groups, run.peaks):
             group["lr"] = peak * lr_at(step, run.total_steps, s.warmup)
         torch.manual_seed((s.seed * 1_000_003 + step) * 1024 + run.rank)
 
         # forward and backward, one micro-batch after another
-        parts, weight = share_of_batch(order[place], run.rank, run.world, s.grad_accum)
+        parts, factor = share_of_batch(order[place], run.rank, run.world, s.grad_accum)
         for i, part in enumerate(parts):
             data = collate(run.train_set, part)
             with autocast(run.device, run.dtype):
@@ -460,7 +473,7 @@ def loop(run, stop):
             labels = send(data["labels"], run.device)
             losses = task_loss(logits, labels, task.low, task.high)  # (B,)
             losses = run.teacher.losses(losses, logits, part, task)
-            loss = losses.sum() * weight  # summed over micro-batches: the mean over the batch
+            loss = losses.sum() * factor  # their sum over micro-batches is the mean over the batch
             waits = run.world > 1 and i < len(parts) - 1  # for more gradients before it sends them
             with run.net.no_sync() if waits else contextlib.nullcontext():
                 scaler.scale(loss).backward()
@@ -531,7 +544,7 @@ def evaluate_step(run, step):
     check_finite(run, step)
     progress = run.progress
     started = time.perf_counter()
-    progress.metrics = metrics = run.evaluate(run.model, run.dev_sets)
+    progress.metrics = metrics = run.measure(run.model, run.dev_sets)
     run.log.row(step=step, density=run.method.achieved(), metrics=metrics)
     run.log.say(f"{run.at(step)}  dev: {show(metrics)}")
     main = run.task.metrics[0]
@@ -701,13 +714,13 @@ def train(s, command):
     )
     stop = []
 
-    def remember(number, frame):
+    def ask_to_stop(number, frame):
         """Ask the loop to stop after its step. A second signal ends the process at once."""
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)
 
     signals = (signal.SIGINT, signal.SIGTERM) if run.rank == 0 else ()
-    handlers = {number: signal.signal(number, remember) for number in signals}
+    handlers = {number: signal.signal(number, ask_to_stop) for number in signals}
     loop(run, stop)
     for number, handler in handlers.items():
         signal.signal(number, handler)

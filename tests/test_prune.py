@@ -93,7 +93,7 @@ def test_plateaus_are_exact_and_infinities_rejected():
     for wrong in (float("nan"), float("inf"), -float("inf")):
         scores = torch.randn(30, 20)
         scores[7, 3] = wrong
-        with pytest.raises(ValueError, match="NaN or infinity among the scores"):
+        with pytest.raises(ValueError, match="NaN or infinity among the values"):
             top_k_mask(scores, 60)
     plateau = torch.zeros(300, 200)  # most scores are equal, as |W| is where most weights are zero
     plateau[0, :7] = torch.arange(1, 8)

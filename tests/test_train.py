@@ -414,7 +414,7 @@ def test_self_teacher_is_its_best_checkpoint(tiny, finished, tmp_path, monkeypat
     and none is computed twice. Until the first teacher, the run is one without a teacher.
     """
     tables = []
-    targets = train.targets
+    targets = train.teacher_table
 
     def noted(model, *rest):
         """Compute a table as train.py does, but save the model and keep the table."""
@@ -427,7 +427,7 @@ def test_self_teacher_is_its_best_checkpoint(tiny, finished, tmp_path, monkeypat
     out = tmp_path / "run"
     again = tmp_path / "again"
     with monkeypatch.context() as patch:
-        patch.setattr(train, "targets", noted)
+        patch.setattr(train, "teacher_table", noted)
         run(tiny, out, **options)
         assert len(tables) >= 4
         best = -1.0

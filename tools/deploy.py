@@ -1,7 +1,7 @@
-"""Ship what a run has learned.
+"""Export, shrink or pack a finished run.
 
     python -m tools.deploy RUN --export DIR      a folder that `transformers` loads by itself
-    python -m tools.deploy RUN --compact DIR     the same function without what the mask made idle
+    python -m tools.deploy RUN --compact DIR     the same function with fewer weights
     python -m tools.deploy RUN --sparse          its metrics and speed with CSR matrices on a CPU
     python -m tools.deploy RUN --save-mask FILE  an SMP run as one small file, a mask
 
@@ -96,8 +96,7 @@ def pack(mask):
     """Return bytes that hold a flat bool array without loss.
 
     The places of the rarer value are stored as gaps: how many of the other value come before each.
-    A gap takes one byte, and for each 255 in it another byte of value 255 before that one. The
-    bytes are Huffman-coded by zlib.
+    A gap of 600 is stored as the bytes 255, 255, 90. The bytes are Huffman-coded by zlib.
     """
     rare = mask if 2 * np.count_nonzero(mask) <= mask.size else ~mask
     gaps = np.diff(np.flatnonzero(rare), prepend=-1) - 1
@@ -424,9 +423,9 @@ def compact(model, uniform=False, drop_rows=0):
     """Compact a model in place, for evaluation. Its function stays, with fewer weights.
 
     Return [query dimensions of each head, value dimensions of each head, units] of each layer.
-    `uniform`: only what the classes of `transformers` can hold, which is the same number of units
-    in every layer, and whole heads. `drop_rows`: rows with fewer weights are emptied first, which
-    changes the function.
+    `uniform`: only units of the feed-forward part are removed, the same number in every layer,
+    because the classes of `transformers` can hold no more. `drop_rows`: rows with fewer weights
+    are emptied first, which changes the function.
     """
     for linear in encoder_linears(model):
         thin = linear.weight.count_nonzero(dim=1) < drop_rows  # (out,)

@@ -3,7 +3,7 @@
     python -m tools.report runs/*                      one Markdown table over all runs
     python -m tools.report RUN --plot RUN.png          densities and training curves, as a picture
     python -m tools.report RUN --plot RUN.png --best   the same with the densities of the best model
-    python -m tools.report RUN --density 0.2 0.1 0.05  its scores at other densities
+    python -m tools.report RUN --density 0.2 0.1 0.05  dev metrics at other densities
 
 `python eval.py RUN` reports the metrics, densities and sizes of one run.
 """
@@ -87,13 +87,12 @@ def grouped(found):
     groups = {}
     for result, settings in found:
         compared = names[settings["method"]] - NOT_COMPARED
-        setting = {name: settings[name] for name in compared}
+        values = {name: settings[name] for name in compared}
         added = variant(settings)
-        setting["teacher"] = added  # each seed may have a teacher of its own
+        values["teacher"] = added  # each seed may have a teacher of its own
         method = result["method"]
-        density = result["density"] or 0.0
-        place = (result["task"], method != "dense", method, -density)
-        key = (place, added, json.dumps(setting, sort_keys=True))
+        order = (result["task"], method != "dense", method, -(result["density"] or 0.0))
+        key = (order, added, json.dumps(values, sort_keys=True))
         groups.setdefault(key, []).append(result)
     return [(key[1], groups[key]) for key in sorted(groups)]
 
