@@ -774,7 +774,7 @@ def speed(before, after, batch, device, repeat=7):
 def masked_base(base, device):
     """Return (model, {matrix: MaskedLinear}) of a base model. It keeps all, and trains nothing."""
     model = load_model(base, "words", words=[0]).requires_grad_(False)
-    mask_matrices(model, first=None)
+    mask_matrices(model, initial=None)
     return model.to(device), masked_linears(model)
 
 
