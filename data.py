@@ -686,19 +686,17 @@ def batches(lengths, batch_size, seed, epoch, max_tokens=0):
     return [cut[i] for i in rng.permutation(len(cut))]
 
 
-def share_of_batch(batch, rank, world, grad_accum):
-    """Return this rank's micro-batches of a batch, and a factor for the sum of their losses.
+def micro_batches(batch, rank, world, grad_accum):
+    """Return this rank's micro-batches of a batch: (examples, factor for the sum of their losses).
 
     DistributedDataParallel averages over ranks. With the factor that average is the mean over the
-    batch. Every rank must take part in a step. A rank for which a short batch has no example takes
-    one with the factor 0.
+    batch. Every rank must have as many micro-batches as the others. Where it has no example left,
+    it takes one with the factor 0.
     """
-    examples = batch[rank::world]
+    most = len(batch[::world])  # examples of rank 0, which has the most
+    parts = np.array_split(batch[rank::world], min(grad_accum, most))
     factor = world / len(batch)
-    if len(examples) == 0:
-        examples = batch[:1]
-        factor = 0.0
-    return np.array_split(examples, min(grad_accum, len(examples))), factor
+    return [(part, factor) if len(part) else (batch[:1], 0.0) for part in parts]
 
 
 def collate(dataset, indices, pad_id=0):

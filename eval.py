@@ -22,8 +22,8 @@ import torch.distributed as dist
 
 from data import Parser, atomic_write, collate, get_task, load_dataset, load_tokenizer
 from data import program, read_json, require, token_sizes
-from model import DEVICES, autocast, inputs, load_model, pick_device, to_value
-from prune import METHODS, encoder_matrices
+from model import DEVICES, autocast, inputs, load_model, pick_device, send, task_loss, to_value
+from prune import METHODS, distill, encoder_matrices, self_distill
 
 # -------------------------------------------------------------------------------------------------
 # metrics, by their GLUE names
@@ -89,7 +89,7 @@ def predict(model, dataset, device, dtype):
     model.train(was_training)
     table = torch.zeros(len(dataset), model.outputs, device=device)
     for part, values in zip(parts, logits):
-        table[torch.from_numpy(part).to(device)] = values
+        table[send(torch.from_numpy(part), device)] = values
     if world > 1:
         dist.all_reduce(table)
     return table.cpu()
@@ -100,14 +100,6 @@ def to_predictions(task, logits):
     if task.regression:
         return to_value(logits, task.low, task.high).numpy()
     return logits.argmax(dim=1).numpy()
-
-
-def teacher_table(model, task, dataset, device, dtype):
-    """Return what a teacher predicts of each example: logits (N, K), or values (N,)."""
-    logits = predict(model, dataset, device, dtype)
-    if task.regression:
-        logits = to_value(logits, task.low, task.high)
-    return logits.to(device)
 
 
 def measure(task, logits, labels, suffix=""):
@@ -171,12 +163,94 @@ def load_run(run, which="model"):
     return model, task, tokenizer, settings
 
 
+# -------------------------------------------------------------------------------------------------
+# teachers
+
+
+class Teacher:
+    """The model whose predictions the run learns from, besides the labels.
+
+    That is none, a dense run, this run's own best checkpoint so far ("self"), or a dense run until
+    a checkpoint is better ("self:RUN").
+
+    `table` is what the teacher says of each training example: logits (N, K) or, of a regression
+    task, values (N,). It depends on nothing but teacher and example, and is computed once per
+    teacher. None: there is no teacher yet.
+    """
+
+    def __init__(self, setting):
+        self.is_self = setting.split(":")[0] == "self"
+        self.dense_run = "" if setting in ("none", "self") else setting.removeprefix("self:")
+        self.table = None
+
+    def load(self, run):
+        """Let the dense run teach. Raises UserError where its task, labels or tokenizer differ."""
+        name = f"--teacher {self.dense_run}"
+        model, task, tokenizer, settings = load_run(self.dense_run)
+        method = settings["method"]
+        require(method == "dense", f"{name}: a {method} run; expected a dense one")
+        theirs, ours = [f"{t.name} with labels {list(t.labels)}" for t in (task, run.task)]
+        require(theirs == ours, f"{name}: trained on {theirs}; this run is on {ours}")
+        same = tokenizer.to_str() == run.tokenizer.to_str()
+        require(same, f"{name}: its tokenizer differs from that of {run.settings.model}")
+        metrics = run.measure(model.to(run.device), run.held_out or run.dev_sets)
+        run.log.say(f"teacher {self.dense_run}: {show(metrics)}")
+        self.take_over(run, model, metrics[task.metrics[0]])
+
+    def consider(self, run, step, metrics):
+        """Let the student of this step take over as teacher if it is better than the present one.
+
+        `metrics` are those on dev. With --teacher-split the held-out part of train decides.
+        """
+        if not self.is_self or step == run.total_steps:
+            return
+        if run.held_out:
+            metrics = run.measure(run.model, run.held_out)
+        measured = metrics[run.task.metrics[0]]
+        if run.progress.teacher is None or measured > run.progress.teacher:
+            self.take_over(run, run.model, measured)
+            run.log.row(step=step, teacher=measured)
+            run.log.say(f"{run.at(step)}  teaches itself from here")
+
+    def take_over(self, run, model, measured):
+        run.progress.teacher = measured
+        self.table = teacher_table(model, run.task, run.train_set, run.device, run.dtype)
+
+    def losses(self, losses, logits, examples, task):
+        """Return the losses (B,) of the task with the teacher's part, for logits (B, K)."""
+        if self.table is None:
+            return losses
+        taught = self.table[send(torch.from_numpy(examples), self.table.device)]
+        if task.regression:  # a squared error has no entropy by which to weigh the teacher
+            return 0.5 * losses + 0.5 * task_loss(logits, taught, task.low, task.high)
+        mix = self_distill if self.is_self else distill
+        return mix(losses, logits, taught)
+
+
+def teacher_table(model, task, dataset, device, dtype):
+    """Return what a teacher predicts of each example: logits (N, K), or values (N,)."""
+    logits = predict(model, dataset, device, dtype)
+    if task.regression:
+        logits = to_value(logits, task.low, task.high)
+    return logits.to(device)
+
+
+# -------------------------------------------------------------------------------------------------
+# the report of a run
+
+
 def kept_weights(model):
     """Return (non-zero weights, all weights) of the encoder's matrices: two arrays (L, 6)."""
     matrices = encoder_matrices(model).values()
     kept = [[int(linear.weight.count_nonzero()) for linear in peers] for peers in matrices]
     sizes = [[linear.weight.numel() for linear in peers] for peers in matrices]
     return np.array(kept).T, np.array(sizes).T  # (6, L) -> (L, 6)
+
+
+def warn_of_density(asked, achieved, say):
+    """Say that a run has missed the density asked for, if it has by more than 10%."""
+    if asked and abs(achieved / asked - 1) > 0.1:
+        say(f"warning: density {achieved:.4f} was achieved where {asked:g} was asked for")
 
 
 def entropy(density):
@@ -194,6 +268,7 @@ def report(run, which, device, data_dir):
     for name, value in metrics.items():
         print(f"  {name:12} {100 * value:.2f}")
     kept, sizes = kept_weights(model)
+    warn_of_density(s["density"], kept.sum() / sizes.sum(), print)
     print("density (non-zero weights over all, as saved)")
     print_densities(kept, sizes, list(model.matrices))
     print("size")

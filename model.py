@@ -14,15 +14,19 @@ F feed-forward size, V vocabulary, K outputs.
 """
 
 import contextlib
+import json
 import os
 import sys
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
@@ -292,7 +296,11 @@ def pick_device(name):
 
 
 def join_processes(device_name):
-    """Return (rank, world size, device) of this process, after it has joined the others."""
+    """Return (rank, world size, device) of this process, after it has joined the others.
+
+    Tensors on a CPU travel by gloo, and those on GPUs by nccl. The processes wait for each other
+    for three hours, because the first one on a machine may have to download and tokenise.
+    """
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device_name)
@@ -300,17 +308,34 @@ def join_processes(device_name):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=3))
     return rank, world, device
+
+
+def from_rank_0(data, rank, world):
+    """Return the bytes `data` of rank 0 on every rank, so that machines need no shared disk."""
+    if world == 1:
+        return data
+    size = torch.tensor(len(data))
+    dist.broadcast(size, 0)
+    received = torch.zeros(int(size), dtype=torch.uint8)
+    if rank == 0:
+        received = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+    for part in received.split(1 << 28):
+        dist.broadcast(part, 0)
+    return received.numpy().tobytes()
 
 
 def pick_dtype(device):
     """Return "bf16" where the device multiplies in it, else "fp16" on GPUs and "fp32" elsewhere.
 
-    GPUs tell it themselves. A CPU multiplies in bf16 if it has AVX512-BF16 or AMX.
+    GPUs tell it themselves. Those that only emulate bf16 are slow in it. A CPU multiplies in bf16
+    if it has AVX512-BF16 or AMX.
     """
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        real = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if real else "fp16"
     can = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not tell: {}
     able = can.get("avx512_bf16") or can.get("amx_bf16")
     return "bf16" if device.type == "cpu" and able else "fp32"
@@ -467,6 +492,16 @@ def read_safetensors(path):
             return tensors, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
+
+
+def parse_safetensors(data, path):
+    """Do the same for the bytes of a file that was at `path`."""
+    try:
+        tensors = from_safetensors(data)
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
+    size = int.from_bytes(data[:8], "little")  # of the header
+    return tensors, json.loads(data[8 : 8 + size]).get("__metadata__", {})
 
 
 def read_checkpoint(folder):

@@ -125,7 +125,7 @@ def share_out(r, density, redistribute=True):
             open_r = torch.where(full, 0.0, r)
             total = open_r.sum(1, keepdim=True).clamp(min=torch.finfo(r.dtype).tiny)
             shares = torch.where(full, 1.0, rest * open_r / total)
-    return shares.clamp(max=1.0)
+    return torch.where(shares > 0.999999999, 1.0, shares)  # a 1 that rounding made smaller, too
 
 
 def add_penalty(linears, strength, shift=0.0):
@@ -229,9 +229,23 @@ class Masked(Dense):
         self.masked = mask_matrices(model, self.layer, self.initial)  # {letter: [L layers]}
         self.linears = [linear for peers in self.masked.values() for linear in peers]
         self.size = sum(linear.weight.numel() for linear in self.linears)
+        if self.top_k:
+            self.check_density()
 
     def freeze(self):
         """Make constant what the method does not train."""
+
+    def check_density(self):
+        """Raise ValueError if the density keeps no weight of a matrix, or no block of a pattern."""
+        density = self.settings.density
+        sizes = {"weights": min(linear.weight.numel() for linear in self.linears)}
+        if self.settings.pattern in TIED:
+            sizes["units"] = self.masked["U"][0].out_features
+        if self.settings.pattern == "head":
+            sizes["attention heads"] = self.model.num_heads
+        for name, size in sizes.items():
+            if density * size < 1:
+                raise ValueError(f"density {density} keeps 0 of {size} {name}: raise the density")
 
     def settled(self, step):
         return step >= self.end
@@ -305,9 +319,8 @@ class SMPShared(SMPLocal):
         r = [torch.sigmoid(linear.scores / p).mean(dtype=wide) for linear in self.linears]
         r = torch.stack(r).view(len(self.masked), -1)  # (6 * L) -> (6, L)
         shares = share_out(r, density, self.settings.redistribute)
-        return (
-            shares.tolist() if shares.is_cpu else shares
-        )  # elsewhere tolist() makes the host wait
+        # On another device tolist() would make the host wait.
+        return shares.tolist() if shares.is_cpu else shares
 
 
 # -------------------------------------------------------------------------------------------------
@@ -449,6 +462,11 @@ class Pins(Dense):
 
     def __init__(self, model, settings, total_steps):
         super().__init__(model, settings, total_steps)
+        if not self.settled(total_steps) or total_steps <= settings.pins_window:
+            raise ValueError(
+                f"the ramp ends at step {self.end:g} of {total_steps}, {self.recipe} ranks after "
+                f"the ramp and after {settings.pins_window} steps: use more steps, a smaller ramp"
+            )
         matrices = encoder_matrices(model).values()
         self.weights = [linear.weight for peers in matrices for linear in peers]
         self.sizes = [weight.numel() for weight in self.weights]
@@ -480,19 +498,19 @@ class Pins(Dense):
             value.nan_to_num_(0.0, 0.0, 0.0)  # fp16: a step that the scaler is about to skip
             mean.lerp_(value.flatten(), 1 / (place + 1))  # (out, in) -> (numel,)
         ranks = step > self.start and place == 0  # once per window in the ramp, then every step
-        if ranks or step > self.end:
+        if step >= s.pins_window and (ranks or step > self.end):  # before, nothing is measured
             self.mask = self.select(self.density(step))
 
     def select(self, density):
         """Return the flat mask of what stays, or None where everything stays.
 
-        Everything strictly below the int(N (1 - v))-th smallest importance goes (released code).
+        All but the int(N (1 - v)) - 1 least important stay (released code), among equals the first.
         """
         importance = self.importance()
         below = int(importance.numel() * (1 - density))
         if below == 0:
             return None
-        return importance >= threshold_at(importance, importance.numel() - below + 1)
+        return top_k_masks([importance], [importance.numel() - below + 1])[0]
 
     @torch.no_grad()
     def update(self, step):
@@ -634,13 +652,15 @@ def kth_largest(values, k):
     low = sample[low_rank] if low_rank >= 0 else -np.inf
     high = sample[high_rank] if high_rank < sample.size else np.inf
 
-    # The value is inside if and only if at_or_above < k <= at_or_above + inside.size.
-    at_or_above = np.count_nonzero(values >= high)
-    inside = values[(values > low) & (values < high)]
-    place = inside.size - (k - at_or_above)  # in ascending order
+    # The value is inside if and only if `above` has fewer than k and with `inside` at least k.
+    above = values >= high
+    inside = values[(values > low) & ~above]
+    place = np.count_nonzero(above) + inside.size - k  # in ascending order
     if 0 <= place < inside.size:
         return np.partition(inside, place)[place]
-    return np.partition(values, n - k)[n - k]  # many values are equal, or the sample misled
+    if np.count_nonzero(values > low) < k <= np.count_nonzero(values >= low):
+        return low  # many values are equal
+    return np.partition(values, n - k)[n - k]  # the sample misled
 
 
 def kth_largest_on_device(values, k):
@@ -659,15 +679,8 @@ def kth_largest_on_device(values, k):
     return torch.where(keys == low, values, -math.inf).amax(1, keepdim=True)
 
 
-def threshold_at(values, k):
-    """Return the k-th largest of a flat tensor as a 0-dim tensor."""
-    if values.is_cpu:
-        return torch.tensor(kth_largest(values.numpy(), k))
-    return kth_largest_on_device(values[None], torch.full((1, 1), k, device=values.device))[0, 0]
-
-
 def top_k_masks(values, counts):
-    """Return for each of L matrices of one shape the bool mask of its counts[l] largest.
+    """Return for each of L tensors of one shape the bool mask of its counts[l] largest.
 
     Exactly so many are kept, among equals the first in row-major order. Raises ValueError
     for NaN and infinity, but only on a CPU: elsewhere a look would make the host wait.

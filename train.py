@@ -37,12 +37,12 @@ from safetensors.torch import save as to_safetensors
 from torch.nn.parallel import DistributedDataParallel
 
 from data import Parser, UserError, atomic_write, batches, collate, get_task, load_dataset
-from data import load_tokenizer, program, read_json, require, share_of_batch, word_ids, write_json
-from eval import evaluate, load_dev, load_run, show, teacher_table
-from model import DEVICES, autocast, find_model, inputs, join_processes, load_model, model_sha256
-from model import peak_memory, pick_dtype, read_config, read_safetensors, save_model, send
-from model import task_loss
-from prune import METHODS, TIED, baked_state, distill, n_of_m, self_distill
+from data import load_tokenizer, micro_batches, program, read_json, require, word_ids, write_json
+from eval import Teacher, evaluate, load_dev, show, warn_of_density
+from model import DEVICES, autocast, find_model, from_rank_0, inputs, join_processes, load_model
+from model import model_sha256, parse_safetensors, peak_memory, pick_dtype, read_config, save_model
+from model import send, task_loss
+from prune import METHODS, TIED, baked_state, n_of_m
 
 # -------------------------------------------------------------------------------------------------
 # settings
@@ -175,7 +175,8 @@ DEMO_PRUNED = DEMO | {"epochs": 10, "batch_size": 64}
 
 FOR_TASK = {
     "dense": SMALL | {"demo": DEMO},
-    "smp": LARGE | {"rte": {"epochs": 100}, "demo": DEMO_PRUNED | {"reg_lambda": 200.0}},
+    "smp": LARGE
+    | {"rte": {"epochs": 100}, "demo": DEMO_PRUNED | {"lr": 3e-5, "reg_lambda": 200.0}},
 }
 
 
@@ -223,6 +224,9 @@ def settings_from(given):
     for name, value in recipe(s).items():
         if getattr(s, name) is None:
             setattr(s, name, value)
+    taught_by_itself = s.teacher == "self" or s.teacher.startswith("self:")
+    used = s.teacher_split == 0 or taught_by_itself
+    require(used, f"--teacher-split {s.teacher_split}: only --teacher self is chosen on that part")
     if s.out is None:
         s.out = default_out(s)
     require(s.hold + s.ramp <= 1, f"--hold {s.hold} --ramp {s.ramp}: expected a sum of at most 1")
@@ -273,22 +277,28 @@ class Run:
     """The model, data, method, optimizer and progress of one run. `loop` trains it."""
 
     def __init__(self, s, command):
-        self.settings = s
+        self.rank, self.world, self.device = join_processes(s.device)
+        chosen = from_rank_0(json.dumps(asdict(s)).encode(), self.rank, self.world)
+        self.settings = s = Settings(**json.loads(chosen))
         self.command = command
         self.out = Path(s.out)
-        self.rank, self.world, self.device = join_processes(s.device)
         self.dtype = pick_dtype(self.device) if s.dtype == "auto" else s.dtype
         self.log = Log(self.out / "metrics.jsonl", self.rank)
-        if self.rank > 0:
-            dist.barrier()  # rank 0 downloads, unzips and tokenises; the others find it done
+        # The first process of a machine downloads and tokenises; the others find it done.
+        waits = int(os.environ.get("LOCAL_RANK", 0)) > 0
+        if waits:
+            dist.barrier()
         self.task = get_task(s.task, s.task_file)
         self.source = find_model(s.model)
         self.prepare_model(s)
         self.prepare_data(s)
-        if self.rank == 0 and self.world > 1:
+        if self.world > 1 and not waits:
             dist.barrier()
 
-        self.method = METHODS[s.method](self.model.to(self.device), s, self.total_steps)
+        try:
+            self.method = METHODS[s.method](self.model.to(self.device), s, self.total_steps)
+        except ValueError as error:
+            raise UserError(f"--method {s.method}: {error}") from None
         fused = self.device.type != "mps"
         self.optimizer = torch.optim.AdamW(self.method.groups(), fused=fused)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
@@ -300,8 +310,11 @@ class Run:
 
         self.progress = Progress()
         self.teacher = Teacher(s.teacher)
-        if s.resume and (self.out / "checkpoint.safetensors").exists():
-            load_checkpoint(self)
+        path = self.out / "checkpoint.safetensors"
+        saved = path.read_bytes() if s.resume and self.rank == 0 and path.exists() else b""
+        saved = from_rank_0(saved, self.rank, self.world)
+        if saved:
+            load_checkpoint(self, saved, path)
             self.log.say(f"resumed {self.out} at step {self.progress.step}")
         elif self.teacher.dense_run:
             self.teacher.load(self)
@@ -309,7 +322,9 @@ class Run:
             write_json(self.out / "config.json", describe(self))
         self.log.cut(self.progress.step)
         self.method.update(self.progress.step)
-        self.loss_sum = torch.tensor(self.progress.loss_sum, device=self.device)
+        # The sum of this rank. A checkpoint has the sum over all, which rank 0 takes.
+        loss_sum = self.progress.loss_sum if self.rank == 0 else 0.0
+        self.loss_sum = torch.tensor(loss_sum, device=self.device)
         self.norm = 0.0  # of the last gradient
         self.started = time.perf_counter() - self.progress.seconds
 
@@ -378,66 +393,6 @@ def lr_at(step, total_steps, warmup):
     return step / rise if step < rise else (total_steps - step) / (total_steps - rise)
 
 
-class Teacher:
-    """The model whose predictions the run learns from, besides the labels.
-
-    That is none, a dense run, this run's own best checkpoint so far ("self"), or a dense run until
-    a checkpoint is better ("self:RUN").
-
-    `table` is what the teacher says of each training example: logits (N, K) or, of a regression
-    task, values (N,). It depends on nothing but teacher and example, and is computed once per
-    teacher. None: there is no teacher yet.
-    """
-
-    def __init__(self, setting):
-        self.is_self = setting.split(":")[0] == "self"
-        self.dense_run = "" if setting in ("none", "self") else setting.removeprefix("self:")
-        self.table = None
-
-    def load(self, run):
-        """Let the dense run teach. Raises UserError where its task, labels or tokenizer differ."""
-        name = f"--teacher {self.dense_run}"
-        model, task, tokenizer, settings = load_run(self.dense_run)
-        method = settings["method"]
-        require(method == "dense", f"{name}: a {method} run; expected a dense one")
-        theirs, ours = [f"{t.name} with labels {list(t.labels)}" for t in (task, run.task)]
-        require(theirs == ours, f"{name}: trained on {theirs}; this run is on {ours}")
-        same = tokenizer.to_str() == run.tokenizer.to_str()
-        require(same, f"{name}: its tokenizer differs from that of {run.settings.model}")
-        metrics = run.measure(model.to(run.device), run.held_out or run.dev_sets)
-        run.log.say(f"teacher {self.dense_run}: {show(metrics)}")
-        self.take_over(run, model, metrics[task.metrics[0]])
-
-    def consider(self, run, step, metrics):
-        """Let the student of this step take over as teacher if it is better than the present one.
-
-        `metrics` are those on dev. With --teacher-split the held-out part of train decides.
-        """
-        if not self.is_self or step == run.total_steps:
-            return
-        if run.held_out:
-            metrics = run.measure(run.model, run.held_out)
-        measured = metrics[run.task.metrics[0]]
-        if run.progress.teacher is None or measured > run.progress.teacher:
-            self.take_over(run, run.model, measured)
-            run.log.row(step=step, teacher=measured)
-            run.log.say(f"{run.at(step)}  teaches itself from here")
-
-    def take_over(self, run, model, measured):
-        run.progress.teacher = measured
-        self.table = teacher_table(model, run.task, run.train_set, run.device, run.dtype)
-
-    def losses(self, losses, logits, examples, task):
-        """Return the losses (B,) of the task with the teacher's part, for logits (B, K)."""
-        if self.table is None:
-            return losses
-        taught = self.table[send(torch.from_numpy(examples), self.table.device)]
-        if task.regression:  # a squared error has no entropy by which to weigh the teacher
-            return 0.5 * losses + 0.5 * task_loss(logits, taught, task.low, task.high)
-        mix = self_distill if self.is_self else distill
-        return mix(losses, logits, taught)
-
-
 # -------------------------------------------------------------------------------------------------
 # the loop
 
@@ -465,17 +420,17 @@ def loop(run, stop):
         torch.manual_seed((s.seed * 1_000_003 + step) * 1024 + run.rank)
 
         # forward and backward, one micro-batch after another
-        parts, factor = share_of_batch(order[place], run.rank, run.world, s.grad_accum)
-        for i, part in enumerate(parts):
+        parts = micro_batches(order[place], run.rank, run.world, s.grad_accum)
+        for i, (part, factor) in enumerate(parts):
             data = collate(run.train_set, part)
-            with autocast(run.device, run.dtype):
-                logits = run.net(**inputs(data, run.device))  # (B, K)
             labels = send(data["labels"], run.device)
-            losses = task_loss(logits, labels, task.low, task.high)  # (B,)
-            losses = run.teacher.losses(losses, logits, part, task)
-            loss = losses.sum() * factor  # their sum over micro-batches is the mean over the batch
             waits = run.world > 1 and i < len(parts) - 1  # for more gradients before it sends them
             with run.net.no_sync() if waits else contextlib.nullcontext():
+                with autocast(run.device, run.dtype):
+                    logits = run.net(**inputs(data, run.device))  # (B, K)
+                losses = task_loss(logits, labels, task.low, task.high)  # (B,)
+                losses = run.teacher.losses(losses, logits, part, task)
+                loss = losses.sum() * factor  # their sum over micro-batches is the batch's mean
                 scaler.scale(loss).backward()
             run.loss_sum += loss.detach() / run.world
 
@@ -484,7 +439,7 @@ def loop(run, stop):
         run.norm = torch.nn.utils.clip_grad_norm_(parameters, s.clip)
         method.observe(step, optimizer.param_groups[0]["lr"])
         if run.device.type == "cpu":
-            check_finite(run, step)
+            check_finite(run, step, run.loss_sum)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -498,19 +453,47 @@ def loop(run, stop):
         if step % (s.eval_every or run.steps_per_epoch) == 0 or last:
             evaluate_step(run, step)
             save_checkpoint(run, step)
-        if stop:
+        number = agree_to_stop(run, step, stop)
+        if number:
             save_checkpoint(run, step)
-            raise KeyboardInterrupt(stop[0])
+            if run.world > 1:
+                dist.barrier()  # torchrun ends rank 0 when another rank ends before it
+            raise KeyboardInterrupt(number)
 
 
-def check_finite(run, step):
+def agree_to_stop(run, step, stop):
+    """Return the signal after which the run stops at this step, or 0.
+
+    Ranks get a signal at different steps. Every four steps they agree whether to stop, by a tensor
+    on the CPU, so that no device is waited for.
+    """
+    number = stop[0] if stop else 0
+    if run.world > 1:
+        if step % 4:
+            return 0
+        agreed = torch.tensor(number)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        number = int(agreed)
+    return number
+
+
+def sum_over_ranks(run):
+    """Return the sum of the losses since the last log line, of all ranks."""
+    total = run.loss_sum.clone()
+    if run.world > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def check_finite(run, step, loss_sum):
     """Raise UserError if a loss since the last log line, or the last gradient, is not finite.
 
-    In fp16 the scaler skips infinite gradients, so that only the loss counts. On a device other
-    than a CPU this makes the host wait.
+    In fp16 the scaler skips steps of infinite gradients, and each skip halves its scale. A scale
+    below 1, from 65,536, means that the last 17 steps were skipped. On a device other than a CPU
+    this makes the host wait.
     """
-    total = run.loss_sum if run.dtype == "fp16" else run.loss_sum + run.norm
-    if not math.isfinite(total):
+    total = loss_sum if run.dtype == "fp16" else loss_sum + run.norm
+    if not math.isfinite(total) or run.scaler.get_scale() < 1:
         raise UserError(
             f"the loss or its gradient became NaN or infinite at step {step}; stopped. {run.out} "
             "keeps the last good checkpoint, if any; try a lower --lr, --score-lr or --dtype fp32"
@@ -519,10 +502,9 @@ def check_finite(run, step):
 
 def log_step(run, step, regulariser):
     """Log the mean loss since the last log line, the density, and the speed."""
-    check_finite(run, step)
-    if run.world > 1:
-        dist.all_reduce(run.loss_sum)
-    loss = float(run.loss_sum) / run.progress.loss_steps
+    loss_sum = sum_over_ranks(run)
+    check_finite(run, step, loss_sum)
+    loss = float(loss_sum) / run.progress.loss_steps
     speed = run.speed(step)
     row = {"step": step, "loss": loss, "regulariser": float(regulariser)}
     row |= {
@@ -541,7 +523,7 @@ def log_step(run, step, regulariser):
 
 def evaluate_step(run, step):
     """Measure on dev; keep the best at the final density; let the teacher change."""
-    check_finite(run, step)
+    check_finite(run, step, sum_over_ranks(run))
     progress = run.progress
     started = time.perf_counter()
     progress.metrics = metrics = run.measure(run.model, run.dev_sets)
@@ -581,20 +563,23 @@ def remembered(run):
 
 def save_checkpoint(run, step):
     """Write checkpoint.safetensors, which is all that --resume needs."""
-    check_finite(run, step)
+    loss_sum = sum_over_ranks(run)
+    check_finite(run, step, loss_sum)
     run.progress.step = step
     run.progress.seconds = time.perf_counter() - run.started
-    run.progress.loss_sum = float(run.loss_sum)
+    run.progress.loss_sum = float(loss_sum)
     run.progress.scaler = run.scaler.state_dict()
     if run.rank == 0:
         progress = json.dumps(asdict(run.progress))
         save_tensors(run.out / "checkpoint.safetensors", remembered(run), progress=progress)
 
 
-def load_checkpoint(run):
-    """Put a checkpoint back. Raises UserError where it is damaged or of another model."""
-    path = run.out / "checkpoint.safetensors"
-    tensors, header = read_safetensors(path)
+def load_checkpoint(run, data, path):
+    """Put back a checkpoint, the bytes of `path`. UserError where it is damaged or of another run.
+
+    The number of processes may be another than before. The batches stay, dropout does not.
+    """
+    tensors, header = parse_safetensors(data, path)
     optimizer = run.optimizer.state_dict()
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
@@ -697,6 +682,7 @@ def finish(run):
         write_json(run.out / "result.json", result)
     density = f"density {result['achieved_density']:.4f}"
     run.log.say(f"{run.out}: {show(progress.metrics)} at {density}, {progress.seconds:.0f} s")
+    warn_of_density(s.density, result["achieved_density"], run.log.say)
     return result
 
 
@@ -715,11 +701,15 @@ def train(s, command):
     stop = []
 
     def ask_to_stop(number, frame):
-        """Ask the loop to stop after its step. A second signal ends the process at once."""
+        """Ask the loop to stop after its step. A second signal ends a single process at once."""
         stop.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if run.world == 1:
+            signal.signal(number, signal.SIG_DFL)
 
-    signals = (signal.SIGINT, signal.SIGTERM) if run.rank == 0 else ()
+    signals = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none, and nohup ignores it
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
+        signals.append(hangup)
     handlers = {number: signal.signal(number, ask_to_stop) for number in signals}
     loop(run, stop)
     for number, handler in handlers.items():
@@ -733,13 +723,14 @@ def resumed(given):
     Raises UserError where a flag given now contradicts them. Device and data folder may differ.
     """
     path = Path(given["out"]) / "config.json"
-    saved = read_json(path).get("settings")
+    config = read_json(path)
+    saved = config.get("settings")
     ours = isinstance(saved, dict) and saved.keys() == {f.name for f in fields(Settings)}
     require(ours, f"{path}: not the settings of a run of this version of train.py")
     for name, value in given.items():
         free = name in ("resume", "out", "device", "data_dir") or value == saved[name]
         require(free, f"{as_flag(name)} {value}: {path} was started with {saved[name]}")
-    return Settings(**saved | given)
+    return Settings(**saved | given | {"dtype": config["dtype"]})  # what "auto" was
 
 
 def demo(command):
@@ -747,7 +738,7 @@ def demo(command):
     rows = ["method    density  achieved  dev accuracy  seconds"]
     for method in ("dense", "smp-s"):
         out = Path("runs/demo") / method
-        if out.exists():
+        if out.exists() and os.environ.get("RANK", "0") == "0":
             ours = read_json(out / "config.json").get("command") == command
             require(ours, f"{out}: not made by `{command}`; move it away, or give --out")
             shutil.rmtree(out)  # an earlier demo
@@ -772,11 +763,12 @@ def main(argv=None):
             return 0
         s = settings_from(given)
         out = Path(s.out)
-        if s.resume and (out / "config.json").exists():
-            s = resumed(given | {"out": s.out})
-        elif os.environ.get("RANK", "0") == "0" and out.exists():
-            empty = out.is_dir() and not any(out.iterdir())
-            require(empty, f"--out {out}: not empty; add --resume, or name another")
+        if os.environ.get("RANK", "0") == "0":  # the other ranks get its settings
+            if s.resume and (out / "config.json").exists():
+                s = resumed(given | {"out": s.out})
+            elif out.exists():
+                empty = out.is_dir() and not any(out.iterdir())
+                require(empty, f"--out {out}: not empty; add --resume, or name another")
         train(s, command)
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT

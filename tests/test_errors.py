@@ -80,6 +80,10 @@ QUERY = "bert.encoder.layer.1.attention.self.query.weight"
         ("--method pins --pins-score unsigned", ["unsigned", "signed"]),
         ("--method pins --teacher-split 0.6", ["--teacher-split: 0.6", "[0, 0.5]"]),
         ("--method pins --teacher self:nowhere", ["nowhere"]),
+        ("--method smp-s --teacher-split 0.1", ["--teacher-split 0.1", "self"]),
+        ("--method pins --hold 0 --ramp 1", ["--method pins", "the ramp ends", "smaller ramp"]),
+        ("--method smp-l --density 0.0001", ["--method smp-l", "density 0.0001", "0 of 1024"]),
+        ("--pattern head --density 0.1", ["--method smp-s", "0 of 4 attention heads"]),
         ("--max-length 33", ["--max-length", "32"]),  # the model has 32 positions
     ],
 )

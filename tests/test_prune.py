@@ -323,6 +323,25 @@ def test_shares_reach_the_density_asked_for():
     assert short > 50
 
 
+def test_a_share_of_one_is_exactly_one():
+    """Where all shares should be 1, rounding loses neither an attention head nor a weight.
+
+    The r of a row are a few random values that repeat. Then their sum and the rest are rounded.
+    """
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        values = rng.uniform(0.01, 1, size=3)
+        r = torch.from_numpy(rng.choice(values, size=(6, 12)))
+        shares = share_out(r, 1.0)
+        assert (shares == 1).all()
+        for count in (12, 3072 * 768):  # heads of a layer, weights of a matrix
+            assert int(count * shares.min()) == count
+        equal = r[:, :1].expand(6, 12)
+        assert (share_out(equal, 1.0, redistribute=False) == 1).all()
+    shares = share_out(torch.tensor([[1.0, 1.0, 1 - 1e-6]]).double(), 1 - 1e-6)
+    assert shares.max() < 1  # a share that should be less than 1 stays so
+
+
 def test_threads_do_not_move_a_share():
     """SMP-S gives each matrix the same share whether torch uses one thread or two.
 
@@ -465,6 +484,72 @@ def test_absolute_is_not_the_ilps_solution():
     assert predicted[1] < predicted[0]
     assert np.argmax(criterion("signed", theta, grad, lr)) == 1
     assert np.argmax(criterion("absolute", theta, grad, lr)) == 0
+
+
+@pytest.mark.parametrize("name", ["pins", "platon", "sensitivity"])
+def test_a_ramp_that_leaves_no_final_phase_is_refused(name):
+    """A method that zeroes weights after the ramp says so where no step is left for it.
+
+    A run of 20 steps ends with step 19, so that a ramp has to end before step 19. Nothing can be
+    ranked either before the first window of importances is over.
+    """
+    for hold, ramp, end in ((0.0, 1.0, 20), (0.5, 0.5, 20), (0.0, 0.95, 19)):
+        expected = f"the ramp ends at step {end} of 20, {name} ranks after the ramp"
+        with pytest.raises(ValueError, match=expected):
+            make(name, hold=hold, ramp=ramp)
+    with pytest.raises(ValueError, match="after 20 steps: use more steps"):
+        make(name, pins_window=20)
+    _, method = make(name, hold=0.0, ramp=0.9)
+    assert method.settled(20)
+
+
+@pytest.mark.parametrize("name", ["pins", "platon", "sensitivity"])
+def test_equal_importances_do_not_change_the_number_kept(name, monkeypatch):
+    """N - int(N (1 - v)) + 1 weights stay, also where most importances are equal.
+
+    Here only one matrix has a gradient, so that all other weights have importance 0. The code for
+    an accelerator, run here on the CPU, gives the same mask.
+    """
+    model, method = make(name)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(20):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        method.weights[7].grad.normal_(generator=generator)
+        method.observe(step, 1e-3)
+        mask = method.mask
+        method.update(step + 1)
+    n = sum(method.sizes)
+    k = n - int(n * 0.9) + 1
+    importance = method.importance()
+    assert 0 < int((importance > 0).sum()) < k
+    assert int(mask.sum()) == k
+    assert method.achieved() == k / n
+    assert mask[importance > 0].all()
+    mask = method.select(0.1)
+    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: False))
+    assert torch.equal(method.select(0.1), mask)
+
+
+@pytest.mark.parametrize("name", ["smp-l", "smp-s", "movement", "magnitude"])
+@pytest.mark.parametrize(
+    "pattern, size, what",
+    [("weight", 32 * 32, "weights"), ("unit", 64, "units"), ("head", 4, "attention heads")],
+)
+def test_a_density_that_keeps_nothing_is_refused(name, pattern, size, what):
+    """At least one weight of a matrix, or one block of a pattern, has to stay.
+
+    The methods whose density is not a number of weights have a least number of their own.
+    """
+    with pytest.raises(ValueError, match=f"keeps 0 of {size} {what}"):
+        make(name, pattern=pattern, density=0.99 / size)
+    _, method = make(name, pattern=pattern, density=1.01 / size)
+    method.update(20)
+    for linear in method.linears:
+        assert linear.mask.any()
+    for steered in ("soft-movement", "l0"):
+        for density in (0.99 / size, None):
+            make(steered, density=density)
 
 
 @pytest.mark.parametrize("name", ["pins", "platon", "sensitivity"])

@@ -56,19 +56,21 @@ def test_two_processes_are_one_at_first(tmp_path):
     flags = [*FLAGS, "--task", "rte", "--dropout", "0", "--max-steps", "5", "--log-every", "1"]
     flags += ["--batch-size", "16"]
     flags += ["--dtype", "fp32"]  # in bf16 the two halves of a batch round differently
-    worker = Path(__file__).with_name("test_train.py")
+    worker = Path(__file__).with_name("test_processes.py")
     losses = {}
     for n in (1, 2):
-        out = tmp_path / str(n)
-        port = random.randint(20000, 60000)
-        command = [sys.executable, "-m", "torch.distributed.run"]
-        command += ["--nproc-per-node", str(n), "--master-port", str(port), str(worker)]
-        command += [*flags, "--out", str(out)]
-        subprocess.run(command, env=environment(MASK_LOG=str(tmp_path)), check=True)
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        out = folder / "run"
+        plan = [{"flags": [*flags, "--out", str(out)]}]
+        (folder / "plan.json").write_text(json.dumps(plan))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(n), str(worker), str(folder)]
+        subprocess.run(command, env=environment(), check=True)
         log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         losses[n] = np.array([row["loss"] for row in log if "loss" in row])
-    masks = [(tmp_path / f"masks-2-{rank}").read_text() for rank in (0, 1)]
-    assert masks[0] == masks[1]
+    first, second = [json.loads((folder / f"notes-{rank}.json").read_text()) for rank in (0, 1)]
+    assert first[0]["masks"] == second[0]["masks"]
     gap = np.abs(losses[1] - losses[2])
     print("loss difference by step:", gap)
     assert len(gap) == 5

@@ -1,6 +1,5 @@
 """Properties of a run: its folder and result, its reproducibility, its teachers and its recipes."""
 
-import hashlib
 import json
 import os
 import random
@@ -334,36 +333,6 @@ def test_micro_batches_change_nothing(tiny, tmp_path):
     assert np.abs(whole - pieces).max() < 1e-5
 
 
-def test_two_processes_are_one(tiny, tmp_path):
-    """Two processes have the losses of one process, to 1e-5 over 50 steps.
-
-    At every step the masks of both processes are equal bit for bit.
-    """
-    options = {"method": "smp-s", "dropout": 0, "max_steps": 50, "eval_every": 25}
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "MASK_LOG": str(tmp_path),
-        "PYTHONPATH": str(ROOT),
-    }
-    for n in (1, 2):
-        port = random.randint(20000, 60000)
-        command = [sys.executable, "-m", "torch.distributed.run"]
-        command += ["--nproc-per-node", str(n), "--master-port", str(port), __file__]
-        command += [*tiny, *flags_of(**options), "--out", str(tmp_path / str(n))]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    one = np.array(losses_of(tmp_path / "1"))
-    two = np.array(losses_of(tmp_path / "2"))
-    assert len(one) == 50
-    assert np.abs(one - two).max() < 1e-5
-    first, second = [(tmp_path / f"masks-2-{rank}").read_text().split() for rank in (0, 1)]
-    assert first == second
-    assert len(first) == 51  # one before each step and one after the last
-    assert len(set(first)) > 40  # the masks do change
-    densities = [result_of(tmp_path / n)["achieved_density"] for n in ("1", "2")]
-    assert densities[0] == densities[1]
-
-
 def test_teacher(tiny, finished, tmp_path, capsys):
     """The first loss is the distillation loss with the saved teacher's logits.
 
@@ -393,7 +362,7 @@ def test_every_method_takes_a_teacher(tiny, finished, tmp_path):
     dense = finished / "dense"
     for method in ("movement", "l0", "pins"):
         out = tmp_path / method
-        run(tiny, out, method=method, teacher=dense, max_steps=2)
+        run(tiny, out, method=method, teacher=dense, max_steps=4, pins_window=1)
         taught = load_file(out / "checkpoint.safetensors")["teacher"]
         assert taught.shape == (203, 2)
         assert torch.equal(taught, taught_by(dense / "model", finished))
@@ -414,7 +383,7 @@ def test_self_teacher_is_its_best_checkpoint(tiny, finished, tmp_path, monkeypat
     and none is computed twice. Until the first teacher, the run is one without a teacher.
     """
     tables = []
-    targets = train.teacher_table
+    targets = evaluation.teacher_table
 
     def noted(model, *rest):
         """Compute a table as train.py does, but save the model and keep the table."""
@@ -427,7 +396,7 @@ def test_self_teacher_is_its_best_checkpoint(tiny, finished, tmp_path, monkeypat
     out = tmp_path / "run"
     again = tmp_path / "again"
     with monkeypatch.context() as patch:
-        patch.setattr(train, "teacher_table", noted)
+        patch.setattr(evaluation, "teacher_table", noted)
         run(tiny, out, **options)
         assert len(tables) >= 4
         best = -1.0
@@ -481,7 +450,7 @@ def test_self_teacher_of_a_regression(tiny, tmp_path):
     (tmp_path / "task.json").write_text(json.dumps(task))
     flags = [*tiny[:3], str(tmp_path / "task.json"), *tiny[4:]]
     out = tmp_path / "out"
-    run(flags, out, method="pins", dropout=0, max_steps=3, eval_every=2)
+    run(flags, out, method="pins", dropout=0, max_steps=3, eval_every=2, pins_window=1)
 
     table = load_file(out / "checkpoint.safetensors")["teacher"]
     assert table.shape == (203,)
@@ -646,44 +615,3 @@ def test_table_groups_seeds_and_nothing_else(tiny, finished, tmp_path, capsys):
     values = [100 * result_of(out)["metrics"]["accuracy"] for out in runs[:2]]
     expected = f"accuracy {np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
     assert cells[1][6].startswith(expected)
-
-
-def mask_log():
-    """Run train.py as a worker that writes a hash of all masks after each update to a file.
-
-    torchrun starts this file as the worker of test_two_processes_are_one. The scores start at
-    random values, for tiny-bert at those of the golden runs. If they were all 0, Adam's first step,
-    nearly lr * sign(g), would leave scores that are almost tied, and the order in which a sum is
-    taken would decide which are kept.
-    """
-    init = prune.SMPShared.__init__
-    update = prune.SMPShared.update
-    golden = np.load(Path(__file__).parent / "golden" / "scores_init.npz")
-
-    def start(self, *args):
-        init(self, *args)
-        with torch.no_grad():
-            for i, linear in enumerate(self.linears):
-                generator = torch.Generator().manual_seed(i)
-                torch.nn.init.normal_(linear.scores, generator=generator)
-            for name, module in self.model.named_modules():
-                key = f"{name}.weight"
-                if key in golden and golden[key].shape == module.weight.shape:
-                    module.scores.copy_(torch.from_numpy(golden[key]))
-
-    name = f"masks-{os.environ['WORLD_SIZE']}-{os.environ['RANK']}"
-    path = Path(os.environ["MASK_LOG"]) / name
-
-    def noted(self, step):
-        update(self, step)
-        bits = b"".join(linear.mask.numpy().tobytes() for linear in self.linears)
-        with open(path, "a") as log:
-            log.write(hashlib.sha256(bits).hexdigest() + "\n")
-
-    prune.SMPShared.__init__ = start
-    prune.SMPShared.update = noted
-    sys.exit(train.main(sys.argv[1:]))
-
-
-if __name__ == "__main__":
-    mask_log()

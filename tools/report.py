@@ -227,9 +227,18 @@ def sweep(run, densities, device, data_dir):
     dev_sets = load_dev(task, tokenizer, settings.max_length, data_dir)
     for density in densities:
         settings.density = density
+        check_density(method)
         method.update(1)  # step 1 of 1: the density is the final one
         metrics = show(evaluate(model, task, dev_sets, device, dtype))
         print(f"density {density:g}, achieved {method.achieved():.4f}: {metrics}", flush=True)
+
+
+def check_density(method):
+    """Raise UserError where the density of the method keeps nothing."""
+    try:
+        method.check_density()
+    except ValueError as error:
+        raise UserError(f"--density: {error}") from None
 
 
 def with_method(run, device):

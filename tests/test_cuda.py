@@ -1,0 +1,108 @@
+"""The CUDA path, with or without a GPU: see fake_cuda.py.
+
+In each case `train.train` runs for two steps, with a log line after each and an evaluation at the
+end. The second step must not make the host wait.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+
+import fake_cuda
+import pytest
+import torch
+
+import train
+from prune import METHODS
+
+CASES = [
+    "--method dense --dtype fp16",
+    "--method magnitude --dtype fp32 --grad-accum 2",
+    "--method movement --dtype fp16 --grad-accum 2",
+    "--method movement --dtype bf16 --pattern 2:4",
+    "--method soft-movement --dtype fp16",
+    "--method soft-movement --dtype bf16 --density 0.1",
+    "--method l0 --dtype bf16",
+    "--method l0 --dtype fp32 --density 0.1 --grad-accum 2",
+    "--method smp-l --dtype fp32 --pattern head --density 0.5",
+    "--method smp-s --dtype bf16 --grad-accum 2",
+    "--method smp-s --dtype fp16 --pattern unit",
+    "--method smp-s --dtype fp32 --teacher RUN",
+    "--method sensitivity --dtype fp16",
+    "--method platon --dtype fp32",
+    "--method pins --dtype bf16 --teacher self --eval-every 1",
+    "--method pins --dtype fp16 --teacher self:RUN --pins-score signed --grad-accum 2",
+]
+
+# A fault of fake_cuda.FAULTS: the flags of the run, and the file and the code of the line where the
+# error is raised.
+FAULTS = {
+    "a count on the CPU": ("--method movement", "prune.py", ">= k"),
+    "a float() of the regulariser": ("--method smp-l", "train.py", "method.penalise(step)"),
+    "an unpinned batch": ("--method dense", "model.py", "send("),
+}
+
+
+def start_of_command(folder):
+    """Return the Python command that runs `fake_cuda.main`; skip where it cannot."""
+    code = "import fake_cuda; fake_cuda.main()"
+    if torch.cuda.is_available():
+        return [sys.executable, "-c", code]
+    if torch.version.cuda or torch.version.hip:
+        pytest.skip("this build of torch has CUDA, but this machine has no GPU")
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if sys.platform != "linux" or compiler is None:
+        pytest.skip("fake CUDA tensors need Linux and a C++ compiler")
+    library = fake_cuda.build_library(compiler, folder)
+    return [sys.executable, "-c", f"import ctypes; ctypes.CDLL({str(library)!r}); {code}"]
+
+
+@pytest.fixture(scope="module")
+def errors(tiny, tmp_path_factory):
+    """{case or fault: its error or None}, all from one process."""
+    folder = tmp_path_factory.mktemp("cuda")
+    command = start_of_command(folder)
+    teacher = folder / "teacher"
+    dense = ["--method", "dense", "--max-steps", "1", "--out", str(teacher)]
+    assert train.main([*tiny, *dense]) == 0
+
+    two_steps = ["--max-steps", "2", "--hold", "0", "--ramp", "0.25", "--pins-window", "1"]
+    two_steps += ["--teacher", "none"]
+    cases = {}
+    for case in CASES:
+        flags = shlex.split(case.replace("RUN", str(teacher)))
+        cases[case] = ([*tiny, *two_steps, *flags], None)
+    for fault, (flags, _, _) in FAULTS.items():
+        cases[fault] = ([*tiny, *two_steps, *shlex.split(flags)], fault)
+    paths = os.pathsep.join([str(fake_cuda.ROOT), str(fake_cuda.ROOT / "tests")])
+    done = subprocess.run(
+        command,
+        input=json.dumps(cases),
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(line) for line in done.stdout.splitlines())
+
+
+def test_every_method_has_a_case():
+    assert {case.split()[1] for case in CASES} == set(METHODS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_on_cuda(case, errors):
+    """Nothing raises, all state is on the device, and no step makes the host wait."""
+    assert errors[case] is None
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_caught(fault, errors):
+    """The error names the line."""
+    _, file, code = FAULTS[fault]
+    assert errors[fault] is not None
+    assert errors[fault].startswith(file)
+    assert code in errors[fault]
