@@ -16,6 +16,7 @@ import http.client
 import json
 import os
 import re
+import secrets
 import sys
 import urllib.request
 import zipfile
@@ -77,7 +78,7 @@ def atomic_write(path, data):
     """Write bytes or text to `path` so that it is never half-written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # no other writer has it
     if isinstance(data, str):
         data = data.encode()
     try:

@@ -711,9 +711,11 @@ def train(s, command):
     if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
         signals.append(hangup)
     handlers = {number: signal.signal(number, ask_to_stop) for number in signals}
-    loop(run, stop)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    try:
+        loop(run, stop)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return finish(run)
 
 

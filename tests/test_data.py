@@ -349,6 +349,26 @@ def test_atomic_write(tmp_path, monkeypatch):
     assert list(tree(path.parent)) == ["file"]
 
 
+def test_two_writers_of_one_file(tmp_path, monkeypatch):
+    """The file is whole when a second writer comes in between.
+
+    The two writers have the same process id, as processes on two machines may have.
+    """
+    path = tmp_path / "file"
+    flush = os.fsync
+
+    def second_writer(file):
+        monkeypatch.setattr(os, "fsync", flush)
+        data.atomic_write(path, "second")
+        assert path.read_text() == "second"
+        flush(file)
+
+    monkeypatch.setattr(os, "fsync", second_writer)
+    data.atomic_write(path, "first")
+    assert path.read_text() == "first"
+    assert list(tree(tmp_path)) == ["file"]
+
+
 # --------------------------------------------------------------------------------------------------
 # from a TSV file to texts and labels
 

@@ -36,7 +36,6 @@ Run = train.Run
 save_tensors = train.save_tensors
 TERMINATED = 128 + signal.SIGTERM
 LOST = 300  # seconds after which a process that does not end fails its test
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -235,13 +234,12 @@ def step_of(out):
         return json.loads(file.metadata()["progress"])["step"]
 
 
-@pytest.fixture(autouse=True)
-def handlers():
-    """Put back what this process does at a signal, because an interrupted run leaves its own."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+@pytest.fixture
+def hangup():
+    """Put back what this process does at SIGHUP."""
+    before = signal.getsignal(signal.SIGHUP)
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    signal.signal(signal.SIGHUP, before)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -423,7 +421,7 @@ def test_machines_share_no_disk(tiny, tmp_path):
     assert np.abs(run - whole).max() < 1e-6
 
 
-def test_hangup(tiny, tmp_path, monkeypatch):
+def test_hangup(tiny, tmp_path, monkeypatch, hangup):
     """SIGHUP, which a closed terminal sends, stops a run after its step with status 129.
 
     --resume continues it. A run for which it is ignored, as nohup does, goes on to its end.

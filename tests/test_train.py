@@ -311,11 +311,14 @@ def test_terminated_run_saves_first(tiny, finished, tmp_path, monkeypatch):
     """On SIGTERM a run finishes its step, writes a checkpoint and ends with status 143.
 
     `--out RUN --resume` continues it to the end. Given again, it leaves the finished run as it is.
+    After the run the process listens to signals as it did before.
     """
     out = tmp_path / "run"
+    handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         patch.setattr(prune.SMPShared, "update", interrupted_at(7, prune.SMPShared.update))
         assert train.main([*tiny, "--lr", "1e-3", "--out", str(out)]) == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == handler
     assert rows(out)[-1]["step"] == 7
     assert not (out / "result.json").exists()
     for _ in range(2):
