@@ -88,6 +88,7 @@ class FakeDevice(TorchDispatchMode):
     """
 
     watching = False
+    waits = 0  # how often the host waited so far
 
     def watch(self, on):
         self.watching = on
@@ -130,6 +131,7 @@ class FakeDevice(TorchDispatchMode):
                 self.forbid("the host reads how many places a mask chooses")
 
     def forbid(self, what):
+        self.waits += 1
         if self.watching:
             raise HostWaits(what)
 
@@ -168,7 +170,10 @@ def fake_device():
             replace(owner, "to_safetensors", lambda *args, **kwargs: b"")
         replace(evaluation, "to_predictions", no_predictions)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        yield stack.enter_context(FakeDevice())
+        device = stack.enter_context(FakeDevice())
+        replace(evaluation, "MAX_TOKENS", {"cuda": 100})  # so that a split has several batches
+        replace(evaluation, "predict", waiting_once(evaluation.predict, device))
+        yield device
 
 
 def without_fakes(function):
@@ -178,6 +183,19 @@ def without_fakes(function):
             return function(*args, **kwargs)
 
     return wrapped
+
+
+def waiting_once(predict, device):
+    """Return eval.predict with a check: for all batches together the host waits once."""
+
+    @functools.wraps(predict)
+    def checked(*args):
+        before = device.waits
+        logits = predict(*args)
+        assert device.waits == before + 1, f"predict: the host waits {device.waits - before} times"
+        return logits
+
+    return checked
 
 
 def no_predictions(task, logits):

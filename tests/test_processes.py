@@ -17,6 +17,7 @@ import threading
 import time
 import zipfile
 from contextlib import suppress
+from datetime import timedelta
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,6 +30,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+import model
 import train
 
 ROOT = Path(train.__file__).parent
@@ -457,6 +459,20 @@ def test_hangup(tiny, tmp_path, monkeypatch, hangup):
 
 # -------------------------------------------------------------------------------------------------
 # downloads
+
+
+def test_processes_wait_for_a_long_download(monkeypatch):
+    """The first process of a machine may take over an hour to download and tokenise.
+
+    The others wait for it in a collective. By default gloo gives up after half an hour, and nccl
+    after ten minutes.
+    """
+    joined = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: joined.append(kwargs))
+    assert model.join_processes("cpu") == (1, 2, torch.device("cpu"))
+    assert joined[0]["timeout"] > timedelta(hours=1)
 
 
 class SlowServer(ThreadingHTTPServer):
