@@ -125,7 +125,7 @@ def share_out(r, density, redistribute=True):
             open_r = torch.where(full, 0.0, r)
             total = open_r.sum(1, keepdim=True).clamp(min=torch.finfo(r.dtype).tiny)
             shares = torch.where(full, 1.0, rest * open_r / total)
-    return torch.where(shares > 0.999999999, 1.0, shares)  # a 1 that rounding made smaller, too
+    return torch.where(shares > 0.999999999, 1.0, shares)  # rounding may miss 1
 
 
 def add_penalty(linears, strength, shift=0.0):
@@ -464,8 +464,8 @@ class Pins(Dense):
         super().__init__(model, settings, total_steps)
         if not self.settled(total_steps) or total_steps <= settings.pins_window:
             raise ValueError(
-                f"the ramp ends at step {self.end:g} of {total_steps}, {self.recipe} ranks after "
-                f"the ramp and after {settings.pins_window} steps: use more steps, a smaller ramp"
+                f"the ramp ends at step {self.end:g} of {total_steps}, and {self.recipe} ranks "
+                f"after it and after {settings.pins_window} steps: use more steps or a smaller ramp"
             )
         matrices = encoder_matrices(model).values()
         self.weights = [linear.weight for peers in matrices for linear in peers]
@@ -504,7 +504,7 @@ class Pins(Dense):
     def select(self, density):
         """Return the flat mask of what stays, or None where everything stays.
 
-        All but the int(N (1 - v)) - 1 least important stay (released code), among equals the first.
+        The int(N (1 - v)) - 1 least important weights go (released code); of equals the last ones.
         """
         importance = self.importance()
         below = int(importance.numel() * (1 - density))

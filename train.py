@@ -304,8 +304,8 @@ class Run:
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == "fp16")
         self.net = DistributedDataParallel(self.model) if self.world > 1 else self.model
-        # Every rank makes the masks itself. As an argument this is deprecated since torch 2.13. On
-        # one process nothing reads it.
+        # Every rank makes the masks itself, so they need not be sent. The argument of this name is
+        # deprecated since torch 2.13. Without DistributedDataParallel nothing reads the attribute.
         self.net.broadcast_buffers = False
 
         self.progress = Progress()
@@ -424,7 +424,7 @@ def loop(run, stop):
         for i, (part, factor) in enumerate(parts):
             data = collate(run.train_set, part)
             labels = send(data["labels"], run.device)
-            waits = run.world > 1 and i < len(parts) - 1  # for more gradients before it sends them
+            waits = run.world > 1 and i < len(parts) - 1  # to send all gradients at once
             with run.net.no_sync() if waits else contextlib.nullcontext():
                 with autocast(run.device, run.dtype):
                     logits = run.net(**inputs(data, run.device))  # (B, K)
@@ -488,9 +488,9 @@ def sum_over_ranks(run):
 def check_finite(run, step, loss_sum):
     """Raise UserError if a loss since the last log line, or the last gradient, is not finite.
 
-    In fp16 the scaler skips steps of infinite gradients, and each skip halves its scale. A scale
-    below 1, from 65,536, means that the last 17 steps were skipped. On a device other than a CPU
-    this makes the host wait.
+    In fp16 the scaler skips steps of infinite gradients, and each skip halves its scale. The
+    scale begins at 65,536, so 17 skips in a row bring it below 1. On a device other than a CPU this
+    function makes the host wait.
     """
     total = loss_sum if run.dtype == "fp16" else loss_sum + run.norm
     if not math.isfinite(total) or run.scaler.get_scale() < 1:

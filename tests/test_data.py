@@ -52,7 +52,8 @@ real_bert = pytest.mark.skipif(
 
 VOCAB = """
     [PAD] [UNK] [CLS] [SEP] [MASK] a b c d e ##a ##b ##c ##d ##e the cat dog sat ran yes no maybe
-    , . ' " ! ? - ( ) naive ##ing un ##able 中 文 cafe café The straße ß ##ß 1 ##2 ##3 caf ##é É
+    , . ' " ! ? - ( ) naive ##ing un ##able 中 文 cafe café The straße ß ##ß 1 ##2 ##3
+    caf ##é É
 """.split()
 TRICKY = [
     "The cat sat.",

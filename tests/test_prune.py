@@ -494,7 +494,7 @@ def test_a_ramp_that_leaves_no_final_phase_is_refused(name):
     ranked either before the first window of importances is over.
     """
     for hold, ramp, end in ((0.0, 1.0, 20), (0.5, 0.5, 20), (0.0, 0.95, 19)):
-        expected = f"the ramp ends at step {end} of 20, {name} ranks after the ramp"
+        expected = f"the ramp ends at step {end} of 20, and {name} ranks after it"
         with pytest.raises(ValueError, match=expected):
             make(name, hold=hold, ramp=ramp)
     with pytest.raises(ValueError, match="after 20 steps: use more steps"):
