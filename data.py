@@ -10,6 +10,11 @@
     python data.py --task mrpc mnli    # download, check and count; training does it by itself too
 """
 
+import sys
+
+if __name__ == "__main__":
+    print("loading torch", file=sys.stderr)  # this takes a second or two
+
 import argparse
 import hashlib
 import http.client
@@ -17,7 +22,8 @@ import json
 import os
 import re
 import secrets
-import sys
+import signal
+import time
 import urllib.request
 import zipfile
 from contextlib import suppress
@@ -50,21 +56,84 @@ def require(condition, message):
 
 
 def program(main):
-    """Let `main(argv)` print a UserError as one line on stderr, and return the exit status."""
+    """Let `main(argv)` end in one line on stderr, whatever stops it, and return the exit status.
+
+    2: a UserError, or a file that cannot be read or written. 128 + n: signal n, or a closed pipe.
+    """
 
     @wraps(main)
     def reporting(argv=None):
         try:
-            return main(argv) or 0
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+            status = main(argv) or 0
+            sys.stdout.flush()
+            return status
+        except KeyboardInterrupt as error:
+            text, status = error.args or ("interrupted", 128 + signal.SIGINT)
+        except BrokenPipeError:
+            silence(sys.stdout)
+            text, status = "stopped: nothing reads the output any more", 141
+        except (UserError, OSError) as error:
+            text, status = f"error: {error}", 2
+        tell(text, sys.stderr)
+        return status
 
     return reporting
 
 
+def silence(stream):
+    """Let a stream that nothing reads any more lead nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def tell(text, stream=None):
+    """Print a line, on a terminal above the live line. That nothing reads it is no error."""
+    stream = stream or sys.stdout
+    try:
+        tqdm.write(text, stream)
+        stream.flush()
+    except OSError:
+        silence(stream)
+
+
+def is_rank_0():
+    """Is this the only process of a run, or the first of several?"""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class Lines:
+    """Stands for a terminal where stderr is none: what a live line shows becomes lines."""
+
+    def write(self, text):
+        if text.strip():
+            tell(text.strip(), sys.stderr)
+
+
+def live(what, total, **options):
+    """Return a tqdm: one line on stderr, within 80 columns, that says how far a work is.
+
+    A terminal renews it twice a second. Elsewhere, as in a log file, a line is added every 30
+    seconds. Of several processes only rank 0 shows it.
+    """
+    terminal = sys.stderr.isatty()
+    seconds = 0.5 if terminal else 30
+    return tqdm(
+        desc=what,
+        total=total,
+        file=sys.stderr if terminal else Lines(),
+        ncols=79,
+        position=0,
+        leave=False,
+        mininterval=seconds,
+        delay=seconds,
+        miniters=1,
+        smoothing=0,  # what remains follows from the mean speed
+        disable=not is_rank_0(),
+        **options,
+    )
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser that refuses abbreviated flags and raises UserError for a wrong flag."""
+    """A parser that raises UserError for a wrong, abbreviated or empty flag."""
 
     def __init__(self, description):
         layout = argparse.RawDescriptionHelpFormatter
@@ -73,20 +142,67 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message.removeprefix('argument ')}; see --help")
 
+    def parse_args(self, argv=None):
+        args = super().parse_args(argv)
+        for name, value in vars(args).items():
+            require(value not in ("", [""]), f"{name} is empty; leave it out, or fill it")
+        return args
+
+
+def lock(file):
+    """Lock an open file until it is closed. Return whether that is so, or None: it is unknown."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False  # another process has locked it
+    except (ImportError, OSError):
+        return None  # on Windows, and where a file system has no locks
+    return True
+
+
+def sweep(temporary):
+    """Remove the temporary files of killed processes. A living process has locked its own."""
+    for path in temporary:
+        with suppress(OSError), open(path, "ab") as file:
+            old = time.time() - path.stat().st_mtime > 1  # a new one may not be locked yet
+            if old and lock(file):
+                path.unlink()
+
+
+def is_stream(path):
+    """Is `path` a device, a pipe, or a name of an output that is already open?"""
+    if str(path).startswith(("/dev/std", "/dev/fd/", "/proc/self/fd/")):
+        return True
+    return os.path.exists(path) and not os.path.isfile(path)
+
 
 def atomic_write(path, data):
-    """Write bytes or text to `path` so that it is never half-written."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # no other writer has it
+    """Write bytes or text to `path` so that it is never half-written.
+
+    A stream has no such protection: it is written to directly.
+    """
     if isinstance(data, str):
         data = data.encode()
+    if is_stream(path):
+        with open(path, "ab") as file:
+            file.write(data)
+        return
+    path = Path(path).resolve()  # a link stays a link
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent.glob(f".{path.name}.*.tmp"))
+    temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # no other writer has it
     try:
         with open(temp, "wb") as file:
+            lock(file)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temp, path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         temp.unlink(missing_ok=True)
 
@@ -121,14 +237,11 @@ def cache_home():
 
 
 def writable(folder):
-    """May we write to `folder`? It is created if it is missing.
+    """Is `folder` there, and may we write to it?
 
     Root may write everywhere. A folder without any write permission is left alone all the same.
     """
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        return os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222 > 0
-    return False
+    return os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222 > 0
 
 
 # -------------------------------------------------------------------------------------------------
@@ -302,13 +415,16 @@ def read_task_file(path):
         """Return the value of `key`, a string or a list of strings, as a tuple."""
         values = row[key] if isinstance(row[key], list) else [row[key]]
         distinct = {value for value in values if isinstance(value, str) and value}
-        lengths = " or ".join(map(str, counts[:3]))
+        least, most = counts[0], counts[-1]
+        number = f"{least} to {most}" if most > least else most
+        expected = f"{number} different strings" if most > 1 else "a string that is not empty"
         valid = len(distinct) == len(values) and len(values) in counts
-        expect(valid, key, f"{lengths} different strings")
+        expect(valid, key, expected)
         return tuple(values)
 
+    known = (*needed, "test", "labels", "range")
     for key in row:
-        expect(key in (*needed, "test", "labels", "range"), key, "no such key")
+        require(key in known, f'{path}: unknown key "{key}"; the keys are {", ".join(known)}')
     for key in needed:
         expect(key in row, key, "this key, but it is missing")
     either = 'either "labels" or, for regression, "range"'
@@ -360,6 +476,7 @@ def locate(task, split, data_dir):
         if (folder / name).is_file():
             return folder / name
     require(task.sources, f"{name}: no such file (the {split} split of task {task.name})")
+    require(data_dir.is_dir(), f"--data-dir {data_dir}: no such folder")
     home = data_dir if writable(data_dir) else spare
     folders = (data_dir, data_dir / task.folder, spare)
     sources = [fetch(source, folders, home) for source in task.sources]
@@ -399,11 +516,15 @@ def download(source, path):
     advice = f"run again, or put {path.name} into {path.parent}, or set GLUE_URL to a mirror"
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
-            print(f"downloading {url}, {response.length or 0:,} bytes", file=sys.stderr)
-            with tqdm.wrapattr(response, "read", total=response.length, disable=None) as stream:
-                data = b"".join(iter(lambda: stream.read(1 << 18), b""))  # block after block
+            tell(f"downloading {url}, {response.length or 0:,} bytes", sys.stderr)
+            blocks = []
+            with live("download", response.length, unit_scale=True) as bar:
+                for block in iter(lambda: response.read1(1 << 18), b""):  # what has arrived
+                    blocks.append(block)
+                    bar.update(len(block))
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise UserError(f"{url}: {str(error) or type(error).__name__}; {advice}") from None
+    data = b"".join(blocks)
     check_sha256(data, sha256, url, advice)
     atomic_write(path, data)
 
@@ -447,13 +568,14 @@ def read_tsv(task, split, path, data):
     """Return the texts and the labels in the bytes `data` of the file `path`.
 
     Texts are a list of strings, or of pairs of strings. Labels are int64 classes or float32
-    values. They are None in a test split. Raises UserError with the file and the line for bytes
-    that are not UTF-8, missing columns, unknown labels and lost rows.
+    values. They are None in a test split, and in "lines", which have no header line either. Raises
+    UserError with the file and the line for bytes that are not UTF-8, missing columns, unknown
+    labels and lost rows.
     """
-    labelled = not split.startswith("test")
+    labelled = split.startswith(("train", "dev"))
     # not splitlines(), because U+2028 and its like are text
     lines = [line.removesuffix("\r") for line in decode(path, data).split("\n")]
-    first = 0 if labelled and task.header else 1
+    first = 0 if task.header and (labelled or split == "lines") else 1
     header = lines[0].split("\t") if first else task.header
     wanted = (*task.columns, task.label) if labelled else task.columns
     found = ", ".join(header)
@@ -476,7 +598,8 @@ def read_tsv(task, split, path, data):
         if labelled:
             label = fields[header.index(task.label)]
             labels.append(read_label(task, label, f"{path}:{number}"))
-    expected = task.rows.get(split, max(1, len(texts)))
+    require(texts, f"{path}: no row of data")
+    expected = task.rows.get(split, len(texts))
     counts = f"{len(texts)} rows, expected {expected}"
     require(len(texts) == expected, f"{path}: {counts}: not whole, or not the official file")
     kind = np.float32 if task.regression else np.int64
@@ -629,7 +752,7 @@ def load_dataset(task, split, tokenizer, max_length, data_dir="data"):
     try:
         atomic_write(cached, safetensors.numpy.save(arrays))
     except OSError as error:
-        print(f"no token cache: {error}", file=sys.stderr)
+        tell(f"no token cache: {error}", sys.stderr)
     return Dataset(**arrays, max_length=max_length)
 
 
@@ -639,10 +762,13 @@ def encode(texts, tokenizer, max_length):
     tokenizer.enable_truncation(max_length, strategy="longest_first")
     ids = []
     second = []
-    for start in range(0, len(texts), 8192):  # in chunks, because an Encoding takes much memory
-        for encoding in tokenizer.encode_batch_fast(texts[start : start + 8192]):
-            ids.append(np.array(encoding.ids, np.int32))
-            second.append(len(ids[-1]) - sum(encoding.type_ids))
+    with live("tokenise", len(texts)) as bar:
+        for start in range(0, len(texts), 4096):  # in chunks: an Encoding takes much memory
+            chunk = tokenizer.encode_batch_fast(texts[start : start + 4096])
+            for encoding in chunk:
+                ids.append(np.array(encoding.ids, np.int32))
+                second.append(len(ids[-1]) - sum(encoding.type_ids))
+            bar.update(len(chunk))
     starts = np.append(0, np.cumsum([len(row) for row in ids]))
     return np.concatenate(ids), starts, np.array(second, np.int32)
 
@@ -727,6 +853,7 @@ def collate(dataset, indices, pad_id=0):
 
 def prepare(task, data_dir="data"):
     """Locate and read every split of a task; return {split: (path, number of rows)}."""
+    os.makedirs(data_dir, exist_ok=True)
     found = {}
     for split in task.files:
         path = locate(task, split, data_dir)

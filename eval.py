@@ -4,6 +4,7 @@
     python eval.py RUN --best                                the same of the best checkpoint on dev
     python eval.py RUN --split test --predictions CoLA.tsv   the form of the GLUE leaderboard
     python eval.py MNLI_RUN --task ax --predictions AX.tsv   the diagnostic set, by a run on MNLI
+    python eval.py RUN --input FILE                          your own text, labelled on the terminal
 
 More reports:
 
@@ -12,16 +13,22 @@ More reports:
     python -m tools.report RUN --density 0.2 0.1 0.05        dev metrics at other densities
 """
 
-import math
 import sys
+
+if __name__ == "__main__":
+    print("loading torch", file=sys.stderr)  # this takes a second or two
+
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import Parser, atomic_write, collate, get_task, load_dataset, load_tokenizer
-from data import program, read_json, require, token_sizes
+from data import Dataset, Parser, atomic_write, collate, encode, get_task, is_stream, live
+from data import load_dataset, load_tokenizer, program, read_json, read_tsv, require, tell
+from data import token_sizes
 from model import DEVICES, autocast, inputs, load_model, pick_device, send, task_loss, to_value
 from prune import METHODS, distill, encoder_matrices, self_distill
 
@@ -84,8 +91,11 @@ def predict(model, dataset, device, dtype):
     order = np.argsort(-dataset.lengths, kind="stable")
     sizes = token_sizes(dataset.lengths, MAX_TOKENS[device.type])
     parts = np.split(order, np.cumsum(sizes)[:-1])[rank::world]
-    with autocast(device, dtype):
-        logits = [model(**inputs(collate(dataset, part), device)) for part in parts]
+    logits = []
+    with autocast(device, dtype), live("predict", len(parts)) as bar:
+        for part in parts:
+            logits.append(model(**inputs(collate(dataset, part), device)))
+            bar.update()
     model.train(was_training)
     table = torch.zeros(len(dataset), model.outputs, device=device)
     for part, values in zip(parts, logits):
@@ -255,7 +265,7 @@ def warn_of_density(asked, achieved, say):
 
 def entropy(density):
     """Return the bits per weight that a random mask of this density needs on average."""
-    return -sum(p * math.log2(p) for p in (density, 1 - density) if p)
+    return sum(p * math.log2(1 / p) for p in (density, 1 - density) if p)
 
 
 def report(run, which, device, data_dir):
@@ -299,25 +309,51 @@ def print_sizes(kept, total, everything):
     print(f"  the mask alone                 {mask_mb:8.2f} MB as bits, {shortest}")
 
 
-def write_predictions(run, which, device, data_dir, split, path, task_name):
-    """Write a split's predictions as the GLUE leaderboard takes them: index<TAB>prediction."""
-    model, task, tokenizer, s = load_run(run, which)
-    if task_name and task_name != task.name:
-        other = get_task(task_name)
+def spell(task, logits):
+    """Return the predictions as the task's files write them, (N,) strings."""
+    predicted = to_predictions(task, logits)
+    if task.regression:
+        return [f"{np.clip(float(x), task.low, task.high):.3f}" for x in predicted]
+    return [task.spelling[i] for i in predicted]
+
+
+def write_predictions(loaded, device, data_dir, split, path, name):
+    """Write a split's predictions as the GLUE leaderboard takes them: index<TAB>prediction.
+
+    `loaded`: what `load_run` returns. `name`: its task, or another one with the same labels.
+    """
+    model, task, tokenizer, s = loaded
+    if name != task.name:
+        other = get_task(name)
         same = other.labels == task.labels and not task.regression
-        require(same, f"--task {task_name}: {run} was trained on {task.name}, whose labels differ")
+        require(same, f"--task {name}: the run was trained on {task.name}, whose labels differ")
         task = other
     require(split in task.files, f"--split {split}: {task.name} has {', '.join(task.files)}")
     dataset = load_dataset(task, split, tokenizer, s["max_length"], data_dir)
-    logits = predict(model.to(device), dataset, device, s["dtype"])
-    predicted = to_predictions(task, logits)
-    if task.regression:
-        texts = [f"{np.clip(float(x), task.low, task.high):.3f}" for x in predicted]
-    else:
-        texts = [task.spelling[i] for i in predicted]
+    texts = spell(task, predict(model.to(device), dataset, device, s["dtype"]))
     rows = [f"{i}\t{text}\n" for i, text in enumerate(texts)]
     atomic_write(path, "index\tprediction\n" + "".join(rows))
-    print(f"{path}: {len(predicted):,} predictions of {task.name} {split}")
+    stream = sys.stderr if is_stream(path) else sys.stdout
+    tell(f"{path}: {len(texts):,} predictions of {task.name} {split}", stream)
+
+
+def label_texts(loaded, device, path):
+    """Print what a run says of texts: its prediction, the probability of each class, the text.
+
+    The file is a TSV with the task's columns. "-" is standard input: a text or, separated by a
+    tab, a pair of texts in each line.
+    """
+    model, task, tokenizer, s = loaded
+    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    own = replace(task, rows={}, header=task.columns, drop_broken=False)
+    texts, _ = read_tsv(own, "lines" if path == "-" else "test", path, data)
+    dataset = Dataset(*encode(texts, tokenizer, s["max_length"]), max_length=s["max_length"])
+    logits = predict(model.to(device), dataset, device, s["dtype"])
+    shares = logits.softmax(dim=1)[:, : len(task.labels)].numpy()  # (N, K); regression: (N, 0)
+    print("prediction", *task.spelling, *task.columns, sep="\t")
+    for said, share, text in zip(spell(task, logits), shares, texts):
+        columns = [text] if isinstance(text, str) else text
+        print(said, *share.round(4), *columns, sep="\t")
 
 
 @program
@@ -327,20 +363,30 @@ def main(argv=None):
     add("runs", nargs="+", metavar="RUN", help="run folder of train.py")
     add("--best", action="store_true", help="the best checkpoint on dev, not the last step")
     add("--predictions", metavar="FILE", help="write a split's predictions for the leaderboard")
-    add("--split", default="test", help="split to predict: dev, test, dev_mm, test_mm")
+    add("--split", help="split to predict: dev, dev_mm, test_mm or, by default, test")
     add("--task", help="predict another task of the same labels: ax by a run on mnli")
+    add("--input", metavar="FILE", help="label your own text: a TSV, or - for standard input")
     add("--data-dir", default="data", help="folder of the GLUE files (default: data)")
     add("--device", default="auto", choices=DEVICES)
     args = parser.parse_args(argv)
     which = "best" if args.best else "model"
     device = pick_device(args.device)
-    if args.predictions is None:
+    one = args.predictions or args.input
+    alone = len(args.runs) == 1 and not (args.predictions and args.input)
+    require(alone or not one, "--predictions and --input take one run, and not each other")
+    used = args.predictions or not (args.split or args.task)
+    require(used, "--split and --task say what --predictions predicts; give it, too")
+    if not one:
         for run in args.runs:
             report(run, which, device, args.data_dir)
         return
-    require(len(args.runs) == 1, "--predictions takes one run")
-    path = Path(args.predictions)
-    write_predictions(args.runs[0], which, device, args.data_dir, args.split, path, args.task)
+    loaded = load_run(args.runs[0], which)
+    if args.input:
+        label_texts(loaded, device, args.input)
+    else:
+        name = args.task or loaded[1].name
+        split = args.split or "test"
+        write_predictions(loaded, device, args.data_dir, split, args.predictions, name)
 
 
 if __name__ == "__main__":

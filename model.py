@@ -495,11 +495,12 @@ def read_safetensors(path):
 
 
 def parse_safetensors(data, path):
-    """Do the same for the bytes of a file that was at `path`."""
+    """Do the same for `data`, the bytes of a checkpoint that was at `path`."""
     try:
         tensors = from_safetensors(data)
     except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
+        lost = "the run cannot be resumed; its best model so far, if any, is in best/"
+        raise UserError(f"{path}: damaged ({error}); {lost}") from None
     size = int.from_bytes(data[:8], "little")  # of the header
     return tensors, json.loads(data[8 : 8 + size]).get("__metadata__", {})
 

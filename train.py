@@ -8,8 +8,14 @@ On one machine with one version of torch, the settings determine a run. The orde
 drawn from (seed, epoch), and dropout from (seed, step, rank). An interrupted run therefore
 continues bit-exactly from its parameters, the moments of its optimizer, and its step.
 
-Where the help of a flag says "recipe", the method and the task determine the value.
+Where the help of a flag says "recipe", the method and the task determine the value. --dry-run
+prints all settings and stops.
 """
+
+import sys
+
+if __name__ == "__main__":
+    print("loading torch", file=sys.stderr)  # this takes a second or two
 
 import argparse
 import contextlib
@@ -23,7 +29,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -36,8 +41,9 @@ import torch.distributed as dist
 from safetensors.torch import save as to_safetensors
 from torch.nn.parallel import DistributedDataParallel
 
-from data import Parser, UserError, atomic_write, batches, collate, get_task, load_dataset
-from data import load_tokenizer, micro_batches, program, read_json, require, word_ids, write_json
+from data import Parser, UserError, atomic_write, batches, collate, get_task, is_rank_0, live
+from data import load_dataset, load_tokenizer, lock, micro_batches, program, read_json, require
+from data import sweep, tell, word_ids, write_json
 from eval import Teacher, evaluate, load_dev, show, warn_of_density
 from model import DEVICES, autocast, find_model, from_rank_0, inputs, join_processes, load_model
 from model import model_sha256, parse_safetensors, peak_memory, pick_dtype, read_config, save_model
@@ -143,17 +149,17 @@ COMMON = {
     "teacher": "none",
     "dtype": "auto",
 }
-# Devlin et al., A.2 and A.3.
 DENSE = COMMON | {"epochs": 3, "batch_size": 32, "density": 1.0}
-DENSE |= {"warmup": 0.1, "weight_decay": 0.01}
-# The released run scripts of SMP.
+DENSE |= {"warmup": 0.1, "weight_decay": 0.01, "source": "Devlin et al. 2019, A.2 and A.3"}
 SMP = COMMON | {"epochs": 60, "batch_size": 32, "score_lr": 2e-2, "reg_lambda": 400.0}
+SMP |= {"source": "SMP, released run scripts"}
 # Movement pruning on SQuAD: 10 epochs of 5,540 steps; 5,400 of warm-up, the last 10,800 settled.
 MOVEMENT = COMMON | {"epochs": 10, "batch_size": 16}
 MOVEMENT |= {"warmup": 0.0975, "hold": 0.0975, "ramp": 0.7075}
+MOVEMENT |= {"source": "movement pruning on SQuAD"}
 # PINS on RTE: 20 epochs of 156 steps; 200 steps of warm-up, the last 1,200 settled.
 PINS = COMMON | {"epochs": 20, "batch_size": 16, "density": 0.2}
-PINS |= {"warmup": 0.064, "hold": 0.064, "ramp": 0.551}
+PINS |= {"warmup": 0.064, "hold": 0.064, "ramp": 0.551, "source": "PINS on RTE"}
 
 RECIPES = {
     "dense": DENSE,
@@ -170,7 +176,7 @@ RECIPES = {
 LARGE = dict.fromkeys(("mnli", "qnli", "qqp", "sst2"), {"epochs": 12, "batch_size": 64})
 SMALL = dict.fromkeys(("mrpc", "rte", "wnli"), {"epochs": 5})  # GLUE examples of transformers
 # The demo has short sentences, and a model pretrained without dropout, too small to gain by bf16.
-DEMO = {"max_length": 32, "dropout": 0.0, "dtype": "fp32", "lr": 5e-4}
+DEMO = {"max_length": 32, "dropout": 0.0, "dtype": "fp32", "lr": 5e-4, "source": "the demo"}
 DEMO_PRUNED = DEMO | {"epochs": 10, "batch_size": 64}
 
 FOR_TASK = {
@@ -181,7 +187,10 @@ FOR_TASK = {
 
 
 def recipe(s):
-    """Return the published value of each setting left open, for this method, task and density."""
+    """Return the published value of each setting left open, for this method, task and density.
+
+    Its "source" says where they are from.
+    """
     name = METHODS[s.method].recipe
     values = RECIPES[name] | FOR_TASK.get(name, {"demo": DEMO_PRUNED}).get(s.task, {})
     density = s.density or values["density"] or 1.0
@@ -210,6 +219,8 @@ def parse(argv):
             options = {"choices": f.type}
         text = f"{help_of[f.name]} (default: {f.default})".replace("%", "%%")
         parser.add_argument(as_flag(f.name), default=argparse.SUPPRESS, help=text, **options)
+    text = "print the settings and stop"
+    parser.add_argument("--dry-run", action="store_true", default=argparse.SUPPRESS, help=text)
     return vars(parser.parse_args(argv))
 
 
@@ -217,12 +228,19 @@ def settings_from(given):
     """Return Settings with the recipe filled in; UserError names the flags that contradict."""
     s = Settings(**given)
     s.task = get_task(s.task, s.task_file).name  # UserError for an unknown task
+    same = given.get("task", s.task) == s.task
+    require(same, f"--task {given.get('task')}: {s.task_file} describes {s.task}; give one of them")
+    for one, other in (("epochs", "max_steps"), ("batch_size", "max_tokens")):
+        both = given.get(one) and given.get(other)
+        require(not both, f"{as_flag(one)} and {as_flag(other)}: give one of them")
+    scored = recipe(s)["score_lr"] or not s.score_lr
+    require(scored, f"--score-lr {s.score_lr}: {s.method} has no scores")
     whole = s.method != "dense" or s.density in (None, 1.0)
     require(whole, f"--density {s.density}: dense keeps every weight; choose another --method")
     if s.pattern != "weight":
         check_pattern(s)
     for name, value in recipe(s).items():
-        if getattr(s, name) is None:
+        if getattr(s, name, "no setting") is None:
             setattr(s, name, value)
     taught_by_itself = s.teacher == "self" or s.teacher.startswith("self:")
     used = s.teacher_split == 0 or taught_by_itself
@@ -245,6 +263,16 @@ def check_pattern(s):
     fits = s.density in (None, n / m)
     require(fits, f"--density {s.density}: --pattern {s.pattern} keeps {n / m:g}")
     s.density = n / m
+
+
+def show_settings(s, source):
+    """Print as flags the settings that differ from the defaults, without those that are off."""
+    flags = []
+    for f in fields(s):
+        value = getattr(s, f.name)
+        if value not in (f.default, 0, "none"):
+            flags.append(f"{as_flag(f.name)} {value}")
+    tell(f"settings: {' '.join(flags)} (those not given are from {source})")
 
 
 def default_out(s):
@@ -284,10 +312,12 @@ class Run:
         self.out = Path(s.out)
         self.dtype = pick_dtype(self.device) if s.dtype == "auto" else s.dtype
         self.log = Log(self.out / "metrics.jsonl", self.rank)
+        self.log.say(f"loading model {s.model}, task {s.task}")
         # The first process of a machine downloads and tokenises; the others find it done.
         waits = int(os.environ.get("LOCAL_RANK", 0)) > 0
         if waits:
             dist.barrier()
+        os.makedirs(s.data_dir, exist_ok=True)
         self.task = get_task(s.task, s.task_file)
         self.source = find_model(s.model)
         self.prepare_model(s)
@@ -320,8 +350,10 @@ class Run:
             self.teacher.load(self)
         if self.progress.step == 0 and self.rank == 0:
             write_json(self.out / "config.json", describe(self))
-        self.log.cut(self.progress.step)
+        self.log.cut(self.progress.step if saved else -1)
         self.method.update(self.progress.step)
+        if not saved:
+            self.log.row(step=0, density=self.method.achieved())
         # The sum of this rank. A checkpoint has the sum over all, which rank 0 takes.
         loss_sum = self.progress.loss_sum if self.rank == 0 else 0.0
         self.loss_sum = torch.tensor(loss_sum, device=self.device)
@@ -382,6 +414,12 @@ class Run:
         if self.rank == 0:
             state = baked_state(self.model)
             save_model(self.out / name, self.model, state, self.source, self.task.labels)
+
+    def save_scores(self, folder):
+        """Write the scores and masks, if there are any, into `folder`."""
+        tensors = self.method.tensors()
+        if tensors and self.rank == 0:
+            save_tensors(folder / "scores.safetensors", tensors, format="pt")
 
 
 def lr_at(step, total_steps, warmup):
@@ -446,6 +484,7 @@ def loop(run, stop):
         step += 1
         method.update(step)  # for the next step, and for evaluation
 
+        run.bar.update()
         run.progress.loss_steps += 1
         last = step == run.total_steps
         if step % s.log_every == 0 or last:
@@ -458,7 +497,8 @@ def loop(run, stop):
             save_checkpoint(run, step)
             if run.world > 1:
                 dist.barrier()  # torchrun ends rank 0 when another rank ends before it
-            raise KeyboardInterrupt(number)
+            advice = f"python train.py --out {shlex.quote(s.out)} --resume goes on from there"
+            raise KeyboardInterrupt(f"interrupted at step {step}; {advice}", 128 + number)
 
 
 def agree_to_stop(run, step, stop):
@@ -496,7 +536,8 @@ def check_finite(run, step, loss_sum):
     if not math.isfinite(total) or run.scaler.get_scale() < 1:
         raise UserError(
             f"the loss or its gradient became NaN or infinite at step {step}; stopped. {run.out} "
-            "keeps the last good checkpoint, if any; try a lower --lr, --score-lr or --dtype fp32"
+            "keeps the last good checkpoint, if any; try a lower --lr, --score-lr or --reg-lambda, "
+            "or --dtype fp32"
         )
 
 
@@ -505,18 +546,14 @@ def log_step(run, step, regulariser):
     loss_sum = sum_over_ranks(run)
     check_finite(run, step, loss_sum)
     loss = float(loss_sum) / run.progress.loss_steps
-    speed = run.speed(step)
     row = {"step": step, "loss": loss, "regulariser": float(regulariser)}
     row |= {
         "density": run.method.achieved(),
         "lr": max(g["lr"] for g in run.optimizer.param_groups),
     }
-    run.log.row(**row, examples_per_second=round(speed, 1))
-    minutes = (run.total_steps - step) * run.examples_per_step / speed / 60
-    run.log.say(
-        f"{run.at(step)}  loss {loss:.4f}  density {row['density']:.4f}  lr {row['lr']:.1e}  "
-        f"{speed:.0f} examples/s  {minutes:.1f} min left"
-    )
+    run.log.row(**row, examples_per_second=round(run.speed(step), 1))
+    text = f"loss {loss:.4f}, density {row['density']:.4f}"
+    run.bar.set_postfix_str(text, refresh=False)
     run.loss_sum.zero_()
     run.progress.loss_steps = 0
 
@@ -527,8 +564,9 @@ def evaluate_step(run, step):
     progress = run.progress
     started = time.perf_counter()
     progress.metrics = metrics = run.measure(run.model, run.dev_sets)
-    run.log.row(step=step, density=run.method.achieved(), metrics=metrics)
-    run.log.say(f"{run.at(step)}  dev: {show(metrics)}")
+    density = run.method.achieved()
+    run.log.row(step=step, density=density, metrics=metrics)
+    run.log.say(f"{run.at(step)}  density {density:.4f}  dev: {show(metrics)}")
     main = run.task.metrics[0]
     best = progress.best
     last_chance = best is None and step == run.total_steps
@@ -536,12 +574,53 @@ def evaluate_step(run, step):
         if best is None or metrics[main] > best["metrics"][main]:
             progress.best = {"metrics": metrics, "step": step}
             run.save("best")
+            run.save_scores(run.out / "best")
     progress.eval_seconds += time.perf_counter() - started
     run.teacher.consider(run, step, metrics)
 
 
 # -------------------------------------------------------------------------------------------------
 # the run folder
+
+
+@contextlib.contextmanager
+def claimed(s, command):
+    """Let no other process train in the folder s.out, and remove what a killed one left there.
+
+    What is locked is metrics.jsonl. An earlier demo makes room for a demo. Raises UserError where
+    another run is in the folder, unless s.resume. What stays empty is removed at the end.
+    """
+    if not is_rank_0():
+        yield
+        return
+    out = Path(s.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "metrics.jsonl", "ab") as log:
+        require(lock(log) is not False, f"--out {out}: another process trains there")
+        try:
+            if command == DEMO_COMMAND and (out / "config.json").exists():
+                clear_demo(out, log)
+            fresh = len(os.listdir(out)) == 1 and os.path.getsize(log.name) == 0
+            require(fresh or s.resume, f"--out {out}: not empty; add --resume, or name another")
+            sweep(out.rglob(".*.tmp"))
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if os.path.getsize(log.name) == 0:
+                    os.remove(log.name)
+                    out.rmdir()
+
+
+def clear_demo(out, log):
+    """Empty the folder of an earlier demo, but for its locked log."""
+    same = read_json(out / "config.json").get("command") == DEMO_COMMAND
+    require(same, f"{out}: not made by `{DEMO_COMMAND}`; move it away, or give --out")
+    for path in out.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "metrics.jsonl":
+            path.unlink()
+    log.truncate(0)
 
 
 def remembered(run):
@@ -617,15 +696,19 @@ class Log:
 
     def say(self, text):
         if self.rank == 0:
-            print(text, flush=True)
+            tell(text)
 
     def cut(self, step):
         """Drop the rows after `step` and a torn last one, which a resumed run writes again."""
-        if self.rank > 0 or not self.path.exists():
+        if self.rank > 0:
             return
-        lines = self.path.read_text().splitlines(keepends=True)
-        kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step]
-        atomic_write(self.path, "".join(kept))
+        size = 0
+        with open(self.path, "rb+") as file:
+            for line in file.readlines():
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+                size += len(line)
+            file.truncate(size)  # in place, because the file is locked
 
 
 def describe(run):
@@ -650,8 +733,9 @@ def describe(run):
 
 def git_commit():
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError):  # there is no git
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # there is no git, or it hangs
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5)
+        return done.stdout.strip() or None
 
 
 def finish(run):
@@ -659,6 +743,7 @@ def finish(run):
     s = run.settings
     progress = run.progress
     run.save("model")
+    run.save_scores(run.out)
     result = {
         "task": s.task,
         "model": s.model,
@@ -676,9 +761,6 @@ def finish(run):
         "command": run.command,
     }
     if run.rank == 0:
-        tensors = run.method.tensors()
-        if tensors:
-            save_tensors(run.out / "scores.safetensors", tensors, format="pt")
         write_json(run.out / "result.json", result)
     density = f"density {result['achieved_density']:.4f}"
     run.log.say(f"{run.out}: {show(progress.metrics)} at {density}, {progress.seconds:.0f} s")
@@ -692,7 +774,15 @@ def finish(run):
 
 def train(s, command):
     """Run the settings `s` and return what result.json holds."""
-    run = Run(s, command)
+    with claimed(s, command):
+        run = Run(s, command)
+        train_run(run)
+        return finish(run)
+
+
+def train_run(run):
+    """Train a run to its end. A signal stops it after a step, with a checkpoint."""
+    s = run.settings
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     run.log.say(
         f"{s.method} on {s.task}: {len(run.train_set):,} examples, {run.total_steps:,} steps of "
@@ -712,19 +802,19 @@ def train(s, command):
         signals.append(hangup)
     handlers = {number: signal.signal(number, ask_to_stop) for number in signals}
     try:
-        loop(run, stop)
+        with live("train", run.total_steps, initial=run.progress.step) as run.bar:
+            loop(run, stop)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return finish(run)
 
 
-def resumed(given):
-    """Return the settings of the run in --out.
+def resumed(given, out):
+    """Return the settings of the run in `out`.
 
     Raises UserError where a flag given now contradicts them. Device and data folder may differ.
     """
-    path = Path(given["out"]) / "config.json"
+    path = out / "config.json"
     config = read_json(path)
     saved = config.get("settings")
     ours = isinstance(saved, dict) and saved.keys() == {f.name for f in fields(Settings)}
@@ -732,54 +822,59 @@ def resumed(given):
     for name, value in given.items():
         free = name in ("resume", "out", "device", "data_dir") or value == saved[name]
         require(free, f"{as_flag(name)} {value}: {path} was started with {saved[name]}")
-    return Settings(**saved | given | {"dtype": config["dtype"]})  # what "auto" was
+    return Settings(**saved | given | {"out": str(out), "dtype": config["dtype"]})  # no "auto"
 
 
-def demo(command):
+def choose(given):
+    """Return the settings, and where those not given are from: a run to resume, or a recipe."""
+    if given.get("resume"):
+        out = Path(given.get("out") or settings_from(given).out)
+        if (out / "config.json").exists():
+            return resumed(given, out), out / "config.json"
+    s = settings_from(given)
+    return s, f"the recipe: {recipe(s)['source']}"
+
+
+def start(given, command, dry_run):
+    """Show the settings and, unless it is a dry run, train with them."""
+    s, source = choose(given)
+    if is_rank_0():
+        show_settings(s, source)
+    if not dry_run:
+        return train(s, command)
+
+
+DEMO_COMMAND = "python train.py"
+
+
+def demo(dry_run):
     """Run the embedded default: the same small pretrained BERT, dense and by a mask alone."""
     rows = ["method    density  achieved  dev accuracy  seconds"]
     for method in ("dense", "smp-s"):
-        out = Path("runs/demo") / method
-        if out.exists() and os.environ.get("RANK", "0") == "0":
-            ours = read_json(out / "config.json").get("command") == command
-            require(ours, f"{out}: not made by `{command}`; move it away, or give --out")
-            shutil.rmtree(out)  # an earlier demo
-        r = train(settings_from({"method": method, "out": str(out)}), command)
-        density = f"{r['density']:8.2f} {r['achieved_density']:9.4f}"
-        accuracy = 100 * r["metrics"]["accuracy"]
-        rows.append(f"{method:8} {density} {accuracy:13.2f} {r['train_seconds']:8.1f}")
-        print()
-    print(*rows, sep="\n")
-    real = "python train.py --model google-bert/bert-base-uncased --task mrpc --method smp-s"
-    print(f"\nnext, a real one: {real}")
+        r = start({"method": method, "out": f"runs/demo/{method}"}, DEMO_COMMAND, dry_run)
+        if r:
+            density = f"{r['density']:8.2f} {r['achieved_density']:9.4f}"
+            accuracy = 100 * r["metrics"]["accuracy"]
+            rows.append(f"{method:8} {density} {accuracy:13.2f} {r['train_seconds']:8.1f}")
+    if not dry_run:
+        tell("\n" + "\n".join(rows))
+        real = "python train.py --model google-bert/bert-base-uncased --task mrpc --method smp-s"
+        tell(f"\nnext, a real one: {real}")
 
 
 @program
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    command = shlex.join(["python", "train.py", *argv])
+    given = parse(argv)
+    dry_run = given.pop("dry_run", False)
     try:
-        given = parse(argv)
-        if not given:
-            demo(command)
-            return 0
-        s = settings_from(given)
-        out = Path(s.out)
-        if os.environ.get("RANK", "0") == "0":  # the other ranks get its settings
-            if s.resume and (out / "config.json").exists():
-                s = resumed(given | {"out": s.out})
-            elif out.exists():
-                empty = out.is_dir() and not any(out.iterdir())
-                require(empty, f"--out {out}: not empty; add --resume, or name another")
-        train(s, command)
-    except KeyboardInterrupt as error:
-        number = error.args[0] if error.args else signal.SIGINT
-        print("\ninterrupted; the same command with --resume continues the run", file=sys.stderr)
-        return 128 + number
+        if given:
+            start(given, shlex.join(["python", "train.py", *argv]), dry_run)
+        else:
+            demo(dry_run)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":

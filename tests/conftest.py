@@ -65,6 +65,6 @@ def tiny(tmp_path_factory):
     }
     (folder / "task.json").write_text(json.dumps(task))
     flags = ["--model", str(folder / "model"), "--task-file", str(folder / "task.json")]
-    flags += ["--data-dir", str(folder / "data"), "--max-length", "24", "--epochs", "2"]
+    flags += ["--data-dir", str(folder / "data"), "--max-length", "24", "--max-steps", "26"]
     flags += ["--batch-size", "16", "--log-every", "1", "--device", "cpu", "--dtype", "fp32"]
     return flags

@@ -446,7 +446,7 @@ REGRESSION = {"labels": ()}
         ),
         ("label\ttext\nnan\tcat\n", REGRESSION, 'FILE:2: unknown label "nan"'),
         ("label\ttext\nx\tcat\n", REGRESSION, 'FILE:2: unknown label "x"'),
-        ("label\ttext\n", {}, "FILE: 0 rows, expected 1"),
+        ("label\ttext\n", {}, "FILE: no row of data"),
         (b"label\ttext\n1\tcat\n1\tcaf\xe9\n", {}, "FILE:3: byte 0xe9 is not UTF-8"),
     ],
 )
@@ -851,13 +851,13 @@ THREE = {"labels": ["a", "b", "c"], "words": ["a", "b", "c"]}
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"lables": []}, '"lables": expected no such key'),
+        ({"lables": []}, 'unknown key "lables"; the keys are name'),
         ({"dev": None}, '"dev": '),
-        ({"train": 3}, '"train": expected 1 different strings'),
+        ({"train": 3}, '"train": expected a string that is not empty'),
         ({"range": [0, 1]}, 'either "labels" or'),
         ({"words": ["no"]}, '"words": expected 2 different'),
         ({"labels": ["a", "a"]}, '"labels": '),
-        ({"columns": []}, '"columns": expected 1 or 2'),
+        ({"columns": []}, '"columns": expected 1 to 2'),
         ({"metric": "bleu"}, '"metric": expected some of accuracy, f1, matthews'),
         ({"metric": "f1", **THREE}, '"metric": expected some of accuracy$'),
         ({"name": "a/b"}, '"name": expected letters'),

@@ -68,7 +68,9 @@ def test_mask_file_is_the_run(tiny, finished, tmp_path, capsys):
     """
     path = str(tmp_path / "a.mask")
     assert deploy.main([str(finished), "--save-mask", path]) == 0
-    _, masks = deploy.read_mask(path)
+    about, payload = deploy.read_mask(path)
+    shapes = {name: (rows, columns) for name, rows, columns, _, _ in about["matrices"]}
+    masks = deploy.unpack_all(path, about["matrices"], payload, shapes)
     scores = load_file(finished / "scores.safetensors")
     saved = {name for name in scores if name.endswith(".mask")}
     assert {f"{name}.mask" for name in masks} == saved

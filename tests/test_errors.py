@@ -226,10 +226,11 @@ def test_out_holds_another_run(case, capsys):
     """A run is not overwritten, and --resume does not continue it with other settings."""
     folder, flags = case
     out = folder / "out"
-    assert train.main([*flags, "--max-steps", "1", "--out", str(out)]) == 0
+    flags = [*flags, "--max-steps", "1", "--out", str(out)]
+    assert train.main(flags) == 0
     before = contents(out)
-    refused(capsys, [*flags, "--out", out], "out", "--resume")
-    refused(capsys, [*flags, "--out", out, "--resume", "--seed", "5"], "--seed 5", "started with 0")
+    refused(capsys, flags, "out", "--resume")
+    refused(capsys, [*flags, "--resume", "--seed", "5"], "--seed 5", "started with 0")
     assert contents(out) == before
 
 

@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "train": {"data", "model", "prune", "eval"},
     "tools/timing": set(),
     "tools/report": {"data", "model", "prune", "eval"},
-    "tools/deploy": {"data", "model", "prune", "eval", "tools.timing"},
+    "tools/deploy": {"data", "model", "prune", "eval", "train", "tools.timing"},
     "tools/bench": {"data", "model", "prune", "eval", "train", "tools.timing", "tools.deploy"},
 }
 

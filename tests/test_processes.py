@@ -272,7 +272,8 @@ def both(tiny, tmp_path_factory):
     plans = {1: [], 2: []}
     for world, plan in plans.items():
         for name, changes in SAME.items():
-            options = {"batch_size": 20, "grad_accum": 2, "dropout": 0, "lr": 1e-3} | changes
+            options = {"batch_size": 20, "max_steps": 22, "grad_accum": 2, "dropout": 0, "lr": 1e-3}
+            options |= changes
             if name == "teacher":
                 options["teacher"] = folder / "1" / "dense"
             flags = flags_of(**options, out=folder / str(world) / name)

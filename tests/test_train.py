@@ -130,7 +130,7 @@ def test_run_folder(finished):
         assert set(result["best"]) == {"metrics", "step"}
         config = json.loads((out / "config.json").read_text())
         assert config["settings"]["method"] == method
-        assert config["settings"]["epochs"] == 2
+        assert config["settings"]["max_steps"] == 26
         assert config["versions"]["torch"] == torch.__version__
         assert steps_with(out, "loss") == list(range(1, 27))
         assert steps_with(out, "metrics") == [13, 26]
@@ -601,8 +601,8 @@ def test_table_groups_seeds_and_nothing_else(tiny, finished, tmp_path, capsys):
     `pattern`, is grouped with those of the default pattern.
     """
     for seed in (0, 1):
-        run(tiny, tmp_path / f"s{seed}", method="smp-l", epochs=1, seed=seed)
-    run(tiny, tmp_path / "unit", method="smp-l", epochs=1, pattern="unit")
+        run(tiny, tmp_path / f"s{seed}", method="smp-l", max_steps=13, seed=seed)
+    run(tiny, tmp_path / "unit", method="smp-l", max_steps=13, pattern="unit")
     older = json.loads((tmp_path / "s1" / "config.json").read_text())
     del older["settings"]["pattern"]
     (tmp_path / "s1" / "config.json").write_text(json.dumps(older))

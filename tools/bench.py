@@ -9,10 +9,14 @@ noisy machine is noisy for both. Weights are random, in the shape of a real mode
 a CPU, BERT-base on a GPU.
 """
 
+import sys
+
+if __name__ == "__main__":
+    print("loading torch", file=sys.stderr)  # this takes a second or two
+
 import copy
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from functools import partial

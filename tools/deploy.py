@@ -5,6 +5,11 @@
     python -m tools.deploy RUN --sparse          its metrics and speed with CSR matrices on a CPU
     python -m tools.deploy RUN --save-mask FILE  an SMP run as one small file, a mask
 
+What is there already is written over only with --force. Use a folder of --compact:
+
+    python -m tools.deploy DIR --evaluate            its metrics on dev
+    python -m tools.deploy DIR --predictions FILE    a split's predictions
+
 Evaluate mask files. One base model in memory serves all of them:
 
     python -m tools.deploy --model BASE --mask FILE --mask FILE
@@ -19,11 +24,15 @@ are the places of the rarer value (kept or not), stored as the gaps between them
 They take about the entropy of the mask, or less where rows are empty.
 """
 
+import sys
+
+if __name__ == "__main__":
+    print("loading torch", file=sys.stderr)  # this takes a second or two
+
 import copy
 import hashlib
 import json
 import math
-import sys
 import warnings
 import zlib
 from dataclasses import dataclass, fields
@@ -37,15 +46,36 @@ from safetensors.torch import save as torch_to_safetensors
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from data import Parser, UserError, atomic_write, collate, get_task, load_tokenizer, program
-from data import read_json, word_ids
-from eval import entropy, evaluate, load_dev, load_run, measure, predict, show
+from data import Parser, UserError, atomic_write, collate, get_task, is_stream, load_tokenizer
+from data import program, read_json, require, tell, word_ids
+from eval import entropy, evaluate, load_dev, load_run, measure, predict, show, write_predictions
 from model import Bert, BertConfig, autocast, find_model, holds, inputs, load_model, model_sha256
 from model import pick_device, read_safetensors, save_model
 from prune import METHODS, encoder_matrices, mask_matrices, masked_linears
 from tools.timing import alternate
+from train import DTYPES, as_flag, number
 
 CPU = torch.device("cpu")
+
+# -------------------------------------------------------------------------------------------------
+# where to write
+
+
+def make_room(target, run, force):
+    """Raise UserError where writing `target` would destroy something.
+
+    That is a file or a folder that is not empty, unless `force`. A folder of the run itself is
+    refused in any case.
+    """
+    target = Path(target)
+    parts = [Path(run), Path(run) / "model", Path(run) / "best"]
+    own = target.resolve() in [part.resolve() for part in parts]
+    require(not own, f"{target}: belongs to the run; name another folder")
+    taken = target.exists() and not is_stream(target)
+    if target.is_dir():
+        taken = any(target.iterdir())
+    require(force or not taken, f"{target}: is there already; name another, or give --force")
+
 
 # -------------------------------------------------------------------------------------------------
 # export
@@ -111,8 +141,13 @@ def unpack(data, size, kept):
     """Return the flat bool array from which `pack` made `data`.
 
     It has `size` values, of which `kept` are True. Raises ValueError or zlib.error for other bytes.
+    However few they are, they could stand for gigabytes, so what they become is bounded.
     """
-    symbols = np.frombuffer(zlib.decompress(data, wbits=-15), np.uint8)
+    most = min(kept, size - kept) + size // 255 + 1  # bytes of all gaps
+    stream = zlib.decompressobj(wbits=-15)
+    symbols = np.frombuffer(stream.decompress(data, most), np.uint8)
+    if not stream.eof or stream.unused_data:
+        raise ValueError("holds more or less than a mask of its size")
     ends = np.flatnonzero(symbols != 255)  # the last byte of each gap
     sums = symbols.cumsum(dtype=np.int64)[ends]  # of all gaps up to each
     gaps = np.diff(sums, prepend=0)
@@ -137,10 +172,11 @@ def count(masks):
     return kept, total
 
 
-def save_mask(run, path):
+def save_mask(run, path, which="model"):
     """Write the mask of a finished SMP run to `path`; print its size and the entropy bound.
 
-    Raises UserError where the run has trained weights, because the mask is then not all of it.
+    `which` is "model", the last step, or "best", the best checkpoint on dev. Raises UserError
+    where the run has trained weights, because the mask is then not all of it.
     """
     run = Path(run)
     config = read_json(run / "config.json")
@@ -148,26 +184,28 @@ def save_mask(run, path):
     if method not in METHODS or METHODS[method].output_head != "words":
         advice = "only those of smp-l and smp-s are masks alone"
         raise UserError(f"{run}: a {method} run trains weights; {advice}")
-    masks = read_masks_of_run(run)
+    masks = read_masks_of_run(run if which == "model" else run / which)
     packed = {name: pack(mask.reshape(-1)) for name, mask in masks.items()}  # (out, in) -> (numel,)
     about = describe_mask(config, masks, packed)
     payload = b"".join(packed.values())
     header = {"mask": json.dumps(about), "sha256": digest(about, payload)}
-    tensors = {"mask": np.frombuffer(payload, np.uint8)}
-    atomic_write(path, numpy_to_safetensors(tensors, metadata=header))
+    data = numpy_to_safetensors({"mask": np.frombuffer(payload, np.uint8)}, metadata=header)
+    atomic_write(path, data)
     kept, total = count(masks)
     bound = total * entropy(kept / total) / 8
-    size = Path(path).stat().st_size
-    ratio = size / bound if bound else math.inf
-    print(
-        f"{path}: {size:,} bytes, density {kept / total:.4f}; "
-        f"entropy bound {bound:,.0f}, ratio {ratio:.3f}"
+    ratio = len(data) / bound if bound else math.inf
+    tell(
+        f"{path}: {len(data):,} bytes, density {kept / total:.4f}; "
+        f"entropy bound {bound:,.0f}, ratio {ratio:.3f}",
+        sys.stderr if is_stream(path) else sys.stdout,
     )
 
 
-def read_masks_of_run(run):
-    """Return {matrix: bool array (out, in)} of a finished run, in the order of the names."""
-    tensors, _ = read_safetensors(run / "scores.safetensors")
+def read_masks_of_run(folder):
+    """Return {matrix: bool array (out, in)} from the scores in `folder`, in order of the names."""
+    path = folder / "scores.safetensors"
+    require(path.is_file(), f"{path}: no such file; finish the run, or train it again")
+    tensors, _ = read_safetensors(path)
     masks = {}
     for name in sorted(tensors):
         if name.endswith(".mask"):
@@ -201,8 +239,21 @@ def describe_mask(config, masks, packed):
     }
 
 
+# What the header of a mask file must hold, and of which type.
+ABOUT = {
+    "base": str,
+    "base_sha256": str,
+    "task": str,
+    "labels": list,
+    "words": list,
+    "max_length": int,
+    "dtype": str,
+    "matrices": list,
+}
+
+
 def read_mask(path):
-    """Return (what the header says, {matrix: bool array (out, in)}) of a mask file.
+    """Return (what the header says, the packed bytes) of a mask file; `unpack_all` unpacks them.
 
     Raises UserError where the file is damaged or something else.
     """
@@ -212,15 +263,41 @@ def read_mask(path):
         payload = tensors["mask"].numpy().tobytes()
         if header["sha256"] != digest(about, payload):
             raise ValueError("its checksum does not fit")
-        masks = {}
-        start = 0
-        for name, rows, columns, kept, size in about["matrices"]:
+        for name, kind in ABOUT.items():
+            if type(about[name]) is not kind:
+                raise ValueError(f"{name} is {about[name]!r}")
+        if about["dtype"] not in DTYPES:
+            raise ValueError(f"dtype is {about['dtype']!r}")
+    except KeyError as error:
+        raise UserError(f"{path}: not a whole mask file (no {error}); copy it again") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a whole mask file ({error}); copy it again") from None
+    return about, payload
+
+
+def unpack_all(path, matrices, payload, shapes):
+    """Return {matrix: bool array (out, in)} from the `payload` of a mask file.
+
+    `matrices` is what its header says of them, `shapes` is {matrix: (out, in)} of the base model.
+    Nothing is unpacked before its sizes are known to fit. Raises UserError where they do not.
+    """
+    masks = {}
+    start = 0
+    try:
+        found = {name: (rows, columns) for name, rows, columns, _, _ in matrices}
+        if found != shapes or len(matrices) != len(shapes):
+            raise ValueError("its matrices are not those of the base model")
+        for name, rows, columns, kept, size in matrices:
+            if not (type(kept) is type(size) is int and 0 <= kept <= rows * columns and size >= 0):
+                raise ValueError(f"{name} keeps {kept} weights in {size} bytes")
             flat = unpack(payload[start : start + size], rows * columns, kept)
             masks[name] = flat.reshape(rows, columns)  # (numel,) -> (out, in)
             start += size
-    except (KeyError, TypeError, ValueError, zlib.error) as error:
-        raise UserError(f"{path}: not a whole mask file ({error}); copy it again") from None
-    return about, masks
+        if start != len(payload):
+            raise ValueError(f"{len(payload)} bytes, expected {start}")
+    except (TypeError, ValueError, zlib.error) as error:
+        raise UserError(f"{path}: not a mask of this base model ({error})") from None
+    return masks
 
 
 def read_released(path, shapes):
@@ -493,6 +570,7 @@ def write_compact(folder, model, task, tokenizer, settings, config, sizes):
         "task": settings["task"],
         "task_file": settings["task_file"],
         "max_length": settings["max_length"],
+        "dtype": settings["dtype"],
         "head": model.output_head,
         "config": vars(config),
         "outputs": model.outputs,
@@ -543,8 +621,8 @@ def build_compact(about, state):
     return model.eval()
 
 
-def save_compact(run, folder, which, drop_rows, uniform, device, data_dir):
-    """Write a run's model compacted, and print what that saves and changes.
+def save_compact(run, folder, which, drop_rows, uniform, device, data_dir, check=True):
+    """Write a run's model compacted, and print what that saves and, with `check`, changes.
 
     The layout of the folder is ours, or with `uniform` that of `transformers`.
     """
@@ -570,8 +648,39 @@ def save_compact(run, folder, which, drop_rows, uniform, device, data_dir):
             queries = f"{sum(query_sizes)} query and {sum(value_sizes)} value dimensions"
             line += f"{len(query_sizes)} heads of {queries}, "
         print(f"{line}{units:,} units")
+    if check:
+        dev_sets = load_dev(task, tokenizer, s["max_length"], data_dir)
+        compare(before, after, task, dev_sets, device)
+
+
+def load_for_use(folder):
+    """Return (model, task, tokenizer, settings) of a compact folder, as `load_run` does of a run.
+
+    Raises UserError where it is damaged, or where its task file now describes another task.
+    """
+    path = Path(folder) / "compact.json"
+    require(path.is_file(), f"{folder}: no compact.json; --evaluate is for a folder of --compact")
+    model, about = load_compact(folder)
+    task = get_task(about["task"], about["task_file"])
+    same_task(path, about, task)
+    tokenizer = load_tokenizer(folder, model.config.vocab_size)
+    settings = {"max_length": about["max_length"], "dtype": about.get("dtype", "fp32")}
+    return model, task, tokenizer, settings
+
+
+def same_task(path, about, task):
+    """Raise UserError unless what is in the file `path` was trained on `task`."""
+    theirs = f"{about['task']} with labels {about['labels']}"
+    ours = f"{task.name} with labels {list(task.labels)}"
+    require(theirs == ours, f"{path}: trained on {theirs}; the task is {ours}")
+
+
+def evaluate_compact(folder, device, data_dir):
+    """Print the metrics on dev of a compact folder."""
+    model, task, tokenizer, s = load_for_use(folder)
     dev_sets = load_dev(task, tokenizer, s["max_length"], data_dir)
-    compare(before, after, task, dev_sets, device)
+    metrics = evaluate(model.to(device), task, dev_sets, device, s["dtype"])
+    print(f"{folder}: {task.name}, {s['dtype']}: {show(metrics)}")
 
 
 def count_compact(sizes, hidden_size):
@@ -708,14 +817,17 @@ def to_csr(weight):
     return torch.sparse_csr_tensor(rows, columns, csr.values(), csr.shape)
 
 
-def run_sparse(run, which, data_dir):
-    """Print what sparse execution changes and gains on a run."""
+def run_sparse(run, which, data_dir, check=True):
+    """Print how many matrices sparse execution changes, and with `check` what that gains."""
     before, task, tokenizer, s = load_run(run, which)
     after, _, _, _ = load_run(run, which)
     all_matrices = len(encoder_linears(before))
     print(f"{run}: {sparse(after)} of {all_matrices} matrices as CSR")
     dev_sets = load_dev(task, tokenizer, s["max_length"], data_dir)
-    compare(before, after, task, dev_sets, CPU)
+    if check:
+        compare(before, after, task, dev_sets, CPU)
+    else:
+        print(f"  {show(evaluate(after, task, dev_sets, CPU, 'fp32'))}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -797,12 +909,12 @@ def read_any_mask(path, base, sha256, shapes, task_name):
             raise UserError(f"{path}: a released mask does not name its task; give --task")
         about = {"task": task_name, "max_length": 128, "dtype": "fp32"}
         return about, read_released(path, shapes)
-    about, masks = read_mask(path)
+    about, payload = read_mask(path)
     if about["base_sha256"] != sha256:
         theirs = f"{about['base']} (sha256 {about['base_sha256'][:12]}...)"
         ours = f"{base} is another model (sha256 {sha256[:12]}...)"
         raise UserError(f"{path}: a mask over {theirs}; {ours}")
-    return about, masks
+    return about, unpack_all(path, about["matrices"], payload, shapes)
 
 
 def evaluate_masks(base, paths, device, data_dir, task_name=None, words=(), task_file=None):
@@ -816,7 +928,17 @@ def evaluate_masks(base, paths, device, data_dir, task_name=None, words=(), task
     for path in paths:
         about, masks = read_any_mask(path, base, sha256, shapes, task_name)
         task = get_task(task_name or about["task"], task_file)
+        agree = task_name in (None, task.name)
+        require(agree, f"--task {task_name}: {task_file} describes {task.name}; give one of them")
+        if "labels" in about:  # a released mask does not say its own
+            same_task(path, about, task)
+        length = about["max_length"]
+        fits = length <= model.config.max_position_embeddings
+        require(fits, f"{path}: texts of {length} tokens, too long for {base}")
         label_words = words or about.get("words") or task.words
+        outputs = (len(task.labels),) if task.labels else (1, 2)
+        counted = f"{len(label_words)} label words: {task.name} has {outputs[-1]}"
+        require(len(label_words) in outputs, f"{path}: {counted}")
         switch(model, linears, masks, word_ids(tokenizer, label_words))
         dev_sets = load_dev(task, tokenizer, about["max_length"], data_dir)
         metrics = evaluate(model, task, dev_sets, device, about["dtype"])
@@ -834,20 +956,24 @@ def parse(argv):
     parser = Parser(__doc__)
     parser.prog = "python -m tools.deploy"
     add = parser.add_argument
-    add("run", nargs="?", metavar="RUN", help="run folder of train.py")
+    add("run", nargs="?", metavar="RUN", help="run folder of train.py, or a compact folder")
     add("--export", metavar="DIR", help="write the run's model for `transformers`")
     add("--compact", metavar="DIR", help="write the run's model without what its mask made idle")
     add(
         "--drop-rows",
         metavar="R",
-        type=int,
-        default=0,
+        type=number(int, "[0, inf)"),
         help="--compact: first empty the rows that have fewer than R weights",
     )
     add("--uniform", action="store_true", help="--compact: only units go; `transformers` loads it")
     add("--sparse", action="store_true", help="compare the run's model in CSR with itself on a CPU")
+    add("--no-check", action="store_true", help="--compact, --sparse: without comparison and times")
     add("--best", action="store_true", help="the best checkpoint on dev instead of the last step")
     add("--save-mask", metavar="FILE", help="write the run's mask")
+    add("--force", action="store_true", help="write over what is there")
+    add("--evaluate", action="store_true", help="metrics on dev of a compact folder")
+    add("--predictions", metavar="FILE", help="write predictions of a compact folder")
+    add("--split", help="split to predict; default test")
     add(
         "--mask", metavar="FILE", action="append", default=[], help="evaluate this mask; repeatable"
     )
@@ -860,9 +986,47 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
+# What the command can do with a run, with a compact folder, and with a base model.
+OF_RUN = ("export", "compact", "sparse", "save_mask")
+OF_FOLDER = ("evaluate", "predictions")
+OF_BASE = ("mask",)
+# Each other flag, and what it belongs to. --data-dir and --device belong to everything.
+BELONGS = {
+    "best": OF_RUN,
+    "force": ("export", "compact", "save_mask"),
+    "drop_rows": ("compact",),
+    "uniform": ("compact",),
+    "no_check": ("compact", "sparse"),
+    "split": ("predictions",),
+    "model": OF_BASE,
+    "task": OF_BASE,
+    "task_file": OF_BASE,
+    "words": OF_BASE,
+}
+
+
+def check_flags(args):
+    """Raise UserError where nothing is asked for, or a flag belongs to something else."""
+    asked = [name for name in (*OF_RUN, *OF_FOLDER, *OF_BASE) if getattr(args, name)]
+    groups = [group for group in (OF_RUN, OF_FOLDER, OF_BASE) if set(group) & set(asked)]
+    needed = args.model and not args.run if groups == [OF_BASE] else args.run
+    require(
+        len(groups) == 1 and needed,
+        "give RUN with --export, --compact, --sparse or --save-mask; "
+        "a folder of --compact with --evaluate or --predictions; or --model BASE --mask FILE",
+    )
+    for flag, owners in BELONGS.items():
+        useful = set(owners) & set(asked) or not getattr(args, flag)
+        names = " or ".join(as_flag(owner) for owner in owners)
+        require(useful, f"{as_flag(flag)}: only with {names}")
+
+
 def ship(args):
     """Do what the flags ask of a run."""
     which = "best" if args.best else "model"
+    for target in (args.export, args.compact, args.save_mask):
+        if target:
+            make_room(target, args.run, args.force)
     if args.export:
         export(args.run, args.export, which)
     if args.compact:
@@ -870,23 +1034,35 @@ def ship(args):
             args.run,
             args.compact,
             which,
-            drop_rows=args.drop_rows,
+            drop_rows=args.drop_rows or 0,
             uniform=args.uniform,
             device=pick_device(args.device),
             data_dir=args.data_dir,
+            check=not args.no_check,
         )
     if args.sparse:
-        run_sparse(args.run, which, args.data_dir)
+        run_sparse(args.run, which, args.data_dir, check=not args.no_check)
     if args.save_mask:
-        save_mask(args.run, args.save_mask)
+        save_mask(args.run, args.save_mask, which)
+
+
+def use(args):
+    """Do what the flags ask of a compact folder."""
+    device = pick_device(args.device)
+    if args.evaluate:
+        evaluate_compact(args.run, device, args.data_dir)
+    if args.predictions:
+        loaded = load_for_use(args.run)
+        split = args.split or "test"
+        path = args.predictions
+        write_predictions(loaded, device, args.data_dir, split, path, loaded[1].name)
 
 
 @program
 def main(argv=None):
     args = parse(argv)
-    if args.run and (args.save_mask or args.export or args.compact or args.sparse):
-        ship(args)
-    elif args.mask and args.model:
+    check_flags(args)
+    if args.mask:
         evaluate_masks(
             args.model,
             args.mask,
@@ -896,11 +1072,10 @@ def main(argv=None):
             words=args.words,
             task_file=args.task_file,
         )
+    elif args.evaluate or args.predictions:
+        use(args)
     else:
-        raise UserError(
-            "give RUN with --export, --compact, --sparse or --save-mask, "
-            "or --model BASE --mask FILE"
-        )
+        ship(args)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,19 @@
 `python eval.py RUN` reports the metrics, densities and sizes of one run.
 """
 
-import json
 import sys
+
+if __name__ == "__main__":
+    print("loading torch", file=sys.stderr)  # this takes a second or two
+
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-from data import Parser, UserError, program, read_json
+from data import Parser, UserError, program, read_json, require, tell
 from eval import evaluate, kept_weights, load_dev, load_run, show
 from model import find_model, load_model, model_sha256, pick_device, read_safetensors
 from prune import METHODS, encoder_matrices
@@ -56,17 +60,66 @@ def variant(settings):
     return text
 
 
+def expand(folders):
+    """Return the run folders among `folders` and, where one only holds runs, those inside it.
+
+    Each counts once, however often it is named.
+    """
+    runs = {}
+    for folder in map(Path, folders):
+        inside = []
+        if not (folder / "metrics.jsonl").exists():
+            inside = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
+        for run in inside or [folder]:
+            runs.setdefault(run.resolve(), run)
+    return list(runs.values())
+
+
+# What a table needs of the two files of a run.
+RESULT = {
+    "task": str,
+    "method": str,
+    "achieved_density": float,
+    "metrics": dict,
+    "best": dict,
+    "epochs": (int, float),
+    "train_seconds": (int, float),
+}
+SETTINGS = {"method": str, "teacher": (str, type(None)), "regression": str}
+
+
 def finished(runs):
     """Return (result, settings) of each finished run; name the others on stderr."""
     found = []
-    for run in runs:
-        path = Path(run) / "result.json"
-        if not path.exists():
-            print(f"{run}: no result.json, left out", file=sys.stderr)
-            continue
-        settings = read_json(Path(run) / "config.json")["settings"]
-        found.append((read_json(path), settings))
+    for run in expand(runs):
+        try:
+            found.append(read_run(run))
+        except UserError as error:
+            tell(f"left out: {error}", sys.stderr)
     return found
+
+
+def read_run(run):
+    """Return (result, settings) of a run; UserError where it is not finished, or damaged."""
+    path = run / "result.json"
+    require(path.exists(), f"{run}: no result.json; a run that is not finished, or none")
+    result = read_json(path)
+    settings = read_json(run / "config.json").get("settings")
+    check_values(path, result, RESULT)
+    check_values(path, result["best"], {"metrics": dict})
+    require(isinstance(settings, dict), f"{run}/config.json: no settings")
+    check_values(run / "config.json", settings, SETTINGS)
+    for metrics in (result["metrics"], result["best"]["metrics"]):
+        numbers = all(isinstance(value, (int, float)) for value in metrics.values())
+        require(metrics and numbers, f"{path}: metrics are {metrics}, expected numbers")
+    return result, settings
+
+
+def check_values(path, found, types):
+    """Raise UserError unless `found` has each name of `types`, with a value of its type."""
+    for name, kind in types.items():
+        valid = name in found and isinstance(found[name], kind)
+        require(valid, f"{path}: {name} is missing, or not of the kind that train.py writes")
 
 
 def common_names(found):
@@ -91,7 +144,7 @@ def grouped(found):
         added = variant(settings)
         values["teacher"] = added  # each seed may have a teacher of its own
         method = result["method"]
-        order = (result["task"], method != "dense", method, -(result["density"] or 0.0))
+        order = (result["task"], method != "dense", method, -(result.get("density") or 0.0))
         key = (order, added, json.dumps(values, sort_keys=True))
         groups.setdefault(key, []).append(result)
     return [(key[1], groups[key]) for key in sorted(groups)]
@@ -115,7 +168,7 @@ def table(runs):
     print(HEADER)
     for added, results in rows:
         first = results[0]
-        asked = f"{first['density']:g}" if first["density"] else "by lambda"
+        asked = f"{first['density']:g}" if first.get("density") else "by lambda"
         achieved = np.mean([result["achieved_density"] for result in results])
         last_step = cell([result["metrics"] for result in results])
         best = cell([result["best"]["metrics"] for result in results])
@@ -148,8 +201,8 @@ def head_densities(model):
 def plot(run, which, path):
     """Draw a run: the density of each matrix and each attention head, and its training curves.
 
-    The curves are the loss, the density and the first metric on dev.
-    Raises UserError where matplotlib is not installed.
+    The curves are the loss, the density and the first metric on dev. A path without an ending
+    gets .png. Raises UserError where matplotlib is not installed, or cannot write such a file.
     """
     try:
         from matplotlib.figure import Figure  # pyplot would want a display, and keeps a state
@@ -166,44 +219,73 @@ def plot(run, which, path):
     draw_densities(figure, left, kept / sizes, kind="matrix", names=list(model.matrices))
     draw_densities(figure, middle, per_head, kind="head", names=range(model.num_heads))
     draw_curves(right, read_log(run), metric=task.metrics[0])
-    figure.legend(loc="outside lower right", ncols=3)
+    path = path if path.suffix else path.with_name(f"{path.name}.png")
+    kinds = figure.canvas.get_supported_filetypes()
+    known = path.suffix[1:].lower() in kinds
+    require(known, f"--plot {path}: the ending is none of {', '.join(sorted(kinds))}")
     figure.savefig(path, dpi=150)
     print(f"{path}: {kept.sum():,} of {sizes.sum():,} weights kept")
 
 
 def read_log(run):
-    """Return the rows of a run's metrics.jsonl."""
-    text = (Path(run) / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    """Return the rows of a run's metrics.jsonl. A line that is no row is left out, and named."""
+    path = Path(run) / "metrics.jsonl"
+    require(path.is_file(), f"{path}: no such file")
+    rows = []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line else {}
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+        elif line:
+            tell(f"{path}:{number}: left out, not a row of a log", sys.stderr)
+    return rows
 
 
 def draw_densities(figure, axes, densities, kind, names):
-    """Draw `densities` (L, len(names)) as a map of layers and of `names`."""
-    image = axes.imshow(densities, vmin=0, aspect="auto")
+    """Draw `densities` (L, len(names)) as a map of layers and of `names`.
+
+    The colours mean the same in every picture: from 0 to 1, and finer for small densities, because
+    they follow the square root.
+    """
+    from matplotlib.colors import PowerNorm
+
+    image = axes.imshow(densities, norm=PowerNorm(0.5, vmin=0, vmax=1), aspect="auto")
     axes.set(title=f"density of each {kind}", ylabel="layer", xlabel=kind)
     axes.set_xticks(range(len(names)), names)
-    figure.colorbar(image, ax=axes)
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, ax=axes, ticks=(0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1))
 
 
 def draw_curves(axes, rows, metric):
     """Draw density and metric over the steps, and on an axis of its own the loss."""
-    axes.set(xlabel="step", ylabel="density, dev metric", ylim=(0, 1.02))
-    loss_axes = axes.twinx()
-    loss_axes.set_ylabel("loss")
-    draw_curve(axes, rows, "density", color="C0")
-    draw_curve(loss_axes, rows, "loss", color="C1")
-    measured = [row for row in rows if "metrics" in row]
+    measured = [row for row in rows if metric in row.get("metrics", {})]
     steps = [row["step"] for row in measured]
     values = [row["metrics"][metric] for row in measured]
-    axes.plot(steps, values, "C2o-", label=metric)
+    lowest = min([0.02, *values]) - 0.02  # a correlation may be negative
+    last = max([1, *[row["step"] for row in rows]])
+    axes.set(xlabel="step", xlim=(0, last), ylim=(lowest, 1.02))
+    axes.set_ylabel("density", color="C0")
+    loss_axes = axes.twinx()
+    loss_axes.set_ylabel("loss", color="C1")
+    axes.tick_params(axis="y", colors="C0")
+    loss_axes.tick_params(axis="y", colors="C1")
+    lines = draw_curve(axes, rows, "density", color="C0")
+    lines += draw_curve(loss_axes, rows, "loss", color="C1")
+    lines += axes.plot(steps, values, "C2o-", label=f"{metric} on dev (left axis)")
+    loss_axes.set_ylim(bottom=0)
+    loss_axes.legend(handles=lines, loc="center right")
 
 
 def draw_curve(axes, rows, key, color):
-    """Draw `key` over the steps, from those rows that have it."""
+    """Draw `key` over the steps, from those rows that have it; return the line in a list."""
     logged = [row for row in rows if key in row]
     steps = [row["step"] for row in logged]
     values = [row[key] for row in logged]
-    axes.plot(steps, values, color=color, label=key)
+    return axes.plot(steps, values, color=color, label=key)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -283,6 +365,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if len(args.runs) > 1 and (args.plot or args.density):
         raise UserError("--plot and --density take one run")
+    require(not (args.plot and args.density), "--plot and --density: give one of them")
+    require(args.plot or not args.best, "--best: only with --plot")
     device = pick_device(args.device)
     run = args.runs[0]
     if args.density:
