@@ -121,6 +121,8 @@ def live(what, total, **options):
         total=total,
         file=sys.stderr if terminal else Lines(),
         ncols=79,
+        nrows=24,  # some terminals do not tell, and would get nothing
+        bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         position=0,
         leave=False,
         mininterval=seconds,

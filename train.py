@@ -29,6 +29,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import textwrap
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -272,7 +273,8 @@ def show_settings(s, source):
         value = getattr(s, f.name)
         if value not in (f.default, 0, "none"):
             flags.append(f"{as_flag(f.name)} {value}")
-    tell(f"settings: {' '.join(flags)} (those not given are from {source})")
+    text = f"settings: {' '.join(flags)} (those not given are from {source})"
+    tell(textwrap.fill(text, 79, break_on_hyphens=False))
 
 
 def default_out(s):

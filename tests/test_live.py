@@ -1,0 +1,332 @@
+"""What a command shows while it works, and the ways to look before, or to use, a run."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from test_errors import refused
+
+import data
+import eval as evaluation
+import train
+from tools import deploy, report
+
+ROOT = Path(train.__file__).parent
+
+
+def on_a_terminal(argv):
+    """Run a command with a terminal of 80 columns as its output; return all that it wrote."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    here = os.environ | {"COLUMNS": "80", "LINES": "24", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(argv, stdout=theirs, stderr=theirs, cwd=ROOT, env=here)
+    os.close(theirs)
+    written = b""
+    while True:
+        try:
+            block = os.read(ours, 1 << 16)
+        except OSError:  # the command has ended
+            block = b""
+        if not block:
+            break
+        written += block
+    os.close(ours)
+    assert process.wait() == 0, written
+    return written.decode()
+
+
+def test_one_live_line_on_a_terminal(tiny, tmp_path):
+    """A terminal of 80 columns shows what is loaded, and one line that is renewed in place.
+
+    The line has the steps done, the time gone and the time left, as mm:ss. It goes when the work
+    is done, and the lines that stay are whole.
+    """
+    argv = [sys.executable, "train.py", *tiny, "--max-steps", "500", "--log-every", "20"]
+    text = on_a_terminal([*argv, "--eval-every", "499", "--out", str(tmp_path / "run")])
+    assert text.startswith("loading torch\r\n")
+    shown = [part for part in re.split(r"[\r\n]+", text) if part.startswith("train:")]
+    assert len(shown) > 1
+    assert max(map(len, shown)) < 80
+    layout = r"train: +\d+%\|.*\| \d+/500 \[\d\d:\d\d<(\d\d:\d\d|\?)(, loss .*, density [\d.]+)?\]"
+    for line in shown:
+        assert re.fullmatch(layout, line), line
+    assert "loss" in shown[-1]
+    after = text.rsplit("train:", 1)[1]
+    assert "\r" + 79 * " " + "\r" in after  # it is wiped away
+    assert " 99.8%  step 499/500  density" in text
+
+
+def test_plain_lines_where_there_is_no_terminal(monkeypatch, capsys):
+    """In a log file the live line becomes lines, one every 30 seconds, without control characters.
+
+    Work that is over sooner shows nothing.
+    """
+    now = [100.0]
+    bar = data.live("work", 60)
+    bar._time = lambda: now[0]
+    bar.start_t = bar.last_print_t = now[0]
+    for _ in range(60):
+        now[0] += 1.7
+        bar.update()
+    bar.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3  # in 102 seconds
+    assert all(re.fullmatch(r"work: +\d+%\|.*\| \d+/60 \[\d\d:\d\d<\d\d:\d\d\]", x) for x in lines)
+    with data.live("quick", 3) as bar:
+        bar.update(3)
+    assert capsys.readouterr().err == ""
+
+
+def test_only_rank_0_shows_it(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert data.live("work", 3).disable
+    monkeypatch.setenv("RANK", "0")
+    assert not data.live("work", 3).disable
+
+
+def test_every_long_work_is_shown(tiny, tmp_path, monkeypatch):
+    """Tokenisation, evaluation, the teacher's table, training, and compaction's checks count up.
+
+    Each arrives at its total.
+    """
+    shown = []
+
+    def noted(what, total, **options):
+        bar = data.tqdm(total=total, file=io.StringIO(), **options)
+        shown.append((what, bar))
+        return bar
+
+    for module in (data, evaluation, train):
+        monkeypatch.setattr(module, "live", noted)
+    fresh = [*tiny[:5], str(tmp_path / "data"), *tiny[6:]]
+    out = tmp_path / "run"
+    flags = ["--method", "dense", "--max-steps", "3", "--eval-every", "2", "--teacher", "self"]
+    assert train.main([*fresh, *flags, "--out", str(out)]) == 0
+    names = [what for what, _ in shown]
+    # two splits; then two evaluations and, after the first, the table of the self-teacher
+    assert names == ["tokenise", "tokenise", "train", "predict", "predict", "predict"]
+    argv = ["--compact", str(tmp_path / "small"), "--data-dir", fresh[5], "--device", "cpu"]
+    assert deploy.main([str(out), *argv]) == 0
+    assert [what for what, _ in shown[6:]] == ["predict", "predict"]
+    assert all(bar.n == bar.total > 0 for _, bar in shown)
+
+
+class Drip(BaseHTTPRequestHandler):
+    """Sends 3,000 bytes in six pieces, one after another."""
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "3000")
+        self.end_headers()
+        for _ in range(6):
+            self.wfile.write(bytes(500))
+            self.wfile.flush()
+            time.sleep(0.03)
+
+
+def test_a_download_counts_what_has_arrived(tmp_path, monkeypatch):
+    """The bar of a download moves with each piece that arrives."""
+    counts = []
+
+    class Bar:
+        def __init__(self, *args, **options):
+            self.args = args
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            pass
+
+        def update(self, count):
+            counts.append(count)
+
+    server = HTTPServer(("127.0.0.1", 0), Drip)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setenv("GLUE_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(data, "live", Bar)
+    sha256 = data.hashlib.sha256(bytes(3000)).hexdigest()
+    data.download(("a/file", sha256), tmp_path / "file")
+    server.shutdown()
+    server.server_close()
+    assert sum(counts) == 3000
+    assert len(counts) >= 4
+
+
+# -------------------------------------------------------------------------------------------------
+# looking before
+
+
+def test_dry_run(tiny, tmp_path, monkeypatch, capsys):
+    """--dry-run prints the settings that differ from the defaults, and their source; no more.
+
+    What it prints are flags with which the same settings come out.
+    """
+    monkeypatch.chdir(tmp_path)
+    argv = ["--task", "rte", "--method", "pins", "--density", "0.3"]
+    assert train.main([*argv, "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert max(map(len, out.splitlines())) < 80
+    flags, source = out.removeprefix("settings: ").split(" (those not given are")
+    assert " ".join(source.split()) == "from the recipe: PINS on RTE)"
+    again = train.settings_from(train.parse(flags.split()))
+    assert again == train.settings_from(train.parse(argv))
+    assert "--epochs 20" in out
+    assert "--seed" not in flags
+    assert train.main(["--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "--method dense" in out and "--out runs/demo/smp-s" in " ".join(out.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_of_a_resumed_run(tiny, tmp_path, capsys):
+    """Where a run is resumed, the settings are those of the run."""
+    out = tmp_path / "run"
+    assert train.main([*tiny, "--max-steps", "2", "--seed", "7", "--out", str(out)]) == 0
+    capsys.readouterr()
+    assert train.main(["--out", str(out), "--resume", "--dry-run"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--seed 7" in said
+    assert f"from {out}/config.json" in said
+
+
+# -------------------------------------------------------------------------------------------------
+# using a run
+
+
+@pytest.fixture(scope="module")
+def made(tiny, tmp_path_factory):
+    """A finished run on pairs of texts, and one on single texts with a value as its label."""
+    folder = tmp_path_factory.mktemp("used")
+    assert train.main([*tiny, "--max-steps", "3", "--out", str(folder / "pairs")]) == 0
+    task = json.loads(Path(tiny[3]).read_text())
+    del task["labels"]
+    task |= {"name": "values", "columns": ["b"], "range": [0, 5], "metric": "pearson"}
+    for split in ("train", "dev"):
+        text = (Path(tiny[3]).parent / f"{split}.tsv").read_text()
+        text = text.replace("\tyes\n", "\t4\n").replace("\tno\n", "\t1\n")
+        (folder / f"{split}.tsv").write_text(text)
+    (folder / "task.json").write_text(json.dumps(task))
+    flags = [*tiny[:3], str(folder / "task.json"), *tiny[4:], "--method", "dense"]
+    assert train.main([*flags, "--max-steps", "3", "--out", str(folder / "values")]) == 0
+    return folder
+
+
+def test_input_of_pairs(tiny, made, tmp_path, capsys):
+    """`eval.py RUN --input FILE` labels a TSV without labels as the run labels the same texts.
+
+    Each row has the prediction, the probability of each class, and the texts.
+    """
+    lines = (Path(tiny[3]).parent / "dev.tsv").read_text().splitlines()
+    texts = [line.split("\t")[:2] for line in lines[1:]]
+    path = tmp_path / "own.tsv"
+    path.write_text("b\tid\ta\n" + "".join(f"{b}\t{i}\t{a}\n" for i, (a, b) in enumerate(texts)))
+    capsys.readouterr()
+    assert evaluation.main([str(made / "pairs"), "--input", str(path)]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header == "prediction\tno\tyes\ta\tb"
+    rows = [row.split("\t") for row in rows]
+    assert [row[3:] for row in rows] == texts
+
+    file = tmp_path / "p.tsv"
+    argv = ["--predictions", str(file), "--split", "dev", "--data-dir", tiny[5]]
+    assert evaluation.main([str(made / "pairs"), *argv]) == 0
+    said = [line.split("\t")[1] for line in file.read_text().splitlines()[1:]]
+    assert [row[0] for row in rows] == said
+    for row in rows:
+        no, yes = map(float, row[1:3])
+        assert no + yes == pytest.approx(1, abs=2e-4)
+        assert row[0] == ("yes" if yes > no else "no")
+
+
+def test_input_of_lines(made, monkeypatch, capsys):
+    """`--input -` reads a text from each line of standard input, or two with a tab between them."""
+
+    def typed(text):
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(text.encode())))
+
+    typed("w1 w2\nw3\n")
+    assert evaluation.main([str(made / "values"), "--input", "-"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header == "prediction\tb"
+    assert [row.split("\t")[1] for row in rows] == ["w1 w2", "w3"]
+    assert all(0 <= float(row.split("\t")[0]) <= 5 for row in rows)
+    typed("w1\tw2\nw3\n")
+    argv = [made / "pairs", "--input", "-"]
+    refused(capsys, argv, "-:2:", '"b" is missing', main=evaluation.main)
+    typed("")
+    refused(capsys, argv, "-: no row", main=evaluation.main)
+
+
+def test_a_compact_folder_is_used(tiny, made, tmp_path, capsys):
+    """--evaluate and --predictions of a compact folder give what the run gives.
+
+    With --no-check the folder is written without a comparison and without times.
+    """
+    run = made / "pairs"
+    folder = tmp_path / "small"
+    assert deploy.main([str(run), "--compact", str(folder), "--no-check"]) == 0
+    out = capsys.readouterr().out
+    assert "differ by" not in out and "times as fast" not in out
+    assert "encoder weights" in out
+    argv = [str(folder), "--data-dir", tiny[5], "--device", "cpu"]
+    assert deploy.main([*argv, "--evaluate"]) == 0
+    metrics = json.loads((run / "result.json").read_text())["metrics"]
+    assert capsys.readouterr().out == f"{folder}: pairs, fp32: {evaluation.show(metrics)}\n"
+    paths = [tmp_path / "ours.tsv", tmp_path / "theirs.tsv"]
+    flags = ["--split", "dev", "--predictions"]
+    assert deploy.main([*argv, *flags, str(paths[0])]) == 0
+    assert evaluation.main([str(run), "--data-dir", tiny[5], *flags, str(paths[1])]) == 0
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+# -------------------------------------------------------------------------------------------------
+# plots
+
+
+def test_plots(made, tmp_path, capsys):
+    """Curves begin at step 0 and show negative metrics; layers are whole numbers.
+
+    The axes have the colours of their lines, and colours of densities mean the same everywhere.
+    """
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    rows = report.read_log(made / "values")
+    assert (rows[0]["step"], rows[0]["density"]) == (0, 1.0)
+    rows.append({"step": 4, "density": 0.1, "metrics": {"pearson": -0.4}})
+    figure = Figure()
+    curves, map_axes = figure.subplots(1, 2)
+    report.draw_curves(curves, rows, "pearson")
+    assert curves.get_xlim() == (0, 4)
+    assert curves.get_ylim()[0] < -0.4
+    loss_axes = figure.axes[-1]
+    assert curves.yaxis.label.get_color() == curves.lines[0].get_color()
+    assert loss_axes.yaxis.label.get_color() == loss_axes.lines[0].get_color()
+    assert loss_axes.get_legend() is not None
+    for densities in (np.full((3, 2), 0.1), np.full((3, 2), 0.7)):
+        report.draw_densities(figure, map_axes, densities, "head", names=range(2))
+        assert (map_axes.images[-1].norm.vmin, map_axes.images[-1].norm.vmax) == (0, 1)
+        assert all(tick == round(tick) for tick in map_axes.get_yticks())
+
+    assert report.main([str(made / "pairs"), "--plot", str(tmp_path / "picture")]) == 0
+    assert f"{tmp_path}/picture.png: " in capsys.readouterr().out
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    argv = [made / "pairs", "--plot"]
+    refused(capsys, [*argv, tmp_path / "x.doc"], "x.doc", "png", main=report.main)
+    refused(capsys, [*argv, tmp_path / "no" / "x.png"], "no/x.png", main=report.main)
