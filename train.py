@@ -234,6 +234,8 @@ def settings_from(given):
     for one, other in (("epochs", "max_steps"), ("batch_size", "max_tokens")):
         both = given.get(one) and given.get(other)
         require(not both, f"{as_flag(one)} and {as_flag(other)}: give one of them")
+        if getattr(s, other):
+            setattr(s, one, 0)  # unused
     scored = recipe(s)["score_lr"] or not s.score_lr
     require(scored, f"--score-lr {s.score_lr}: {s.method} has no scores")
     whole = s.method != "dense" or s.density in (None, 1.0)
@@ -602,7 +604,7 @@ def claimed(s, command):
         try:
             if command == DEMO_COMMAND and (out / "config.json").exists():
                 clear_demo(out, log)
-            fresh = len(os.listdir(out)) == 1 and os.path.getsize(log.name) == 0
+            fresh = os.listdir(out) == ["metrics.jsonl"] and os.path.getsize(log.name) == 0
             require(fresh or s.resume, f"--out {out}: not empty; add --resume, or name another")
             sweep(out.rglob(".*.tmp"))
             yield
@@ -706,10 +708,11 @@ class Log:
             return
         size = 0
         with open(self.path, "rb+") as file:
-            for line in file.readlines():
-                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                    break
-                size += len(line)
+            with contextlib.suppress(ValueError):  # at a torn line
+                for line in file.readlines():
+                    if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                        break
+                    size += len(line)
             file.truncate(size)  # in place, because the file is locked
 
 

@@ -68,6 +68,10 @@ QUERY = "bert.encoder.layer.1.attention.self.query.weight"
         ("--density 1.5", ["--density: 1.5", "(0, 1]"]),
         ("--density nan", ["--density: nan", "(0, 1]"]),
         ("--density 0.5 --method dense", ["--density", "dense"]),
+        ("--epochs 2", ["--epochs and --max-steps"]),
+        ("--max-tokens 100", ["--batch-size and --max-tokens"]),
+        ("--method dense --score-lr 0.1", ["--score-lr 0.1", "dense has no scores"]),
+        ("--method pins --score-lr 0.1", ["--score-lr 0.1", "pins has no scores"]),
         ("--epochs 0", ["--epochs: 0", "[1, inf)"]),
         ("--epochs two", ["--epochs", "two"]),
         ("--ramp 0", ["--ramp"]),
@@ -190,6 +194,14 @@ def test_files(case, capsys, monkeypatch, spoil):
     assert not (folder / "out").exists()
 
 
+def test_a_task_and_a_task_file(case, capsys):
+    """--task and --task-file go together only where they name the same task."""
+    folder, flags = case
+    argv = [*flags, "--out", folder / "out"]
+    refused(capsys, [*argv, "--task", "cola"], "--task cola", "task.json", "pairs")
+    assert train.main([str(flag) for flag in [*argv, "--task", "pairs", "--dry-run"]]) == 0
+
+
 def test_unreachable_hub(case, capsys, monkeypatch):
     """If the Hugging Face hub cannot be reached, the error names the model and the hub."""
     import huggingface_hub.constants
@@ -262,7 +274,7 @@ def test_loss_turns_nan(case, capsys, monkeypatch):
     argv = [*flags, "--eval-every", "2", "--log-every", "100", "--max-steps", "9", "--out", out]
     with monkeypatch.context() as patch:
         patch.setattr(train, "task_loss", poisoned)
-        refused(capsys, argv, "step 5", out)
+        refused(capsys, argv, "step 5", "--reg-lambda", out)
     assert not (out / "result.json").exists()
     assert train.main(["--out", str(out), "--resume"]) == 0
     said = capsys.readouterr().out
