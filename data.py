@@ -217,7 +217,7 @@ def read_json(path):
     """Return the object in a JSON file. Raises UserError if it is missing or not an object."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON object ({error})") from None
     require(isinstance(value, dict), f"{path}: not a readable JSON object")
     return value

@@ -158,7 +158,9 @@ def load_run(run, which="model"):
     run = Path(run)
     config = read_json(run / "config.json")
     settings = config.get("settings")
-    valid = isinstance(settings, dict) and settings.get("method") in METHODS
+    whole = config.keys() >= {"labels", "outputs", "words", "dtype"} and isinstance(settings, dict)
+    whole = whole and settings.keys() >= {"method", "task", "task_file", "max_length", "density"}
+    valid = whole and settings["method"] in list(METHODS)
     require(valid, f"{run}/config.json: not the settings of a run of train.py")
     settings["dtype"] = config["dtype"]  # what "auto" was
     folder = run / which

@@ -542,6 +542,8 @@ def load_model(folder, output_head, outputs=0, words=(), seed=0, dropout=None, n
     of another shape.
     """
     config = read_config(folder)
+    known = all(0 <= word < config.vocab_size for word in words)
+    require(known, f"{folder}: has no words {words}; its vocabulary has {config.vocab_size}")
     if dropout is not None:
         config.hidden_dropout_prob = dropout
         config.attention_probs_dropout_prob = dropout

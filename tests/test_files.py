@@ -496,6 +496,30 @@ def test_labels_of_a_compact_folder(tiny, made, tmp_path, capsys):
     refused(capsys, argv, "['yes', 'no']", "['no', 'yes']", main=deploy.main)
 
 
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"labels": None}, "its task file now describes"),
+        ({"words": [10**6, 6]}, "has no words"),
+        ({"words": [-1, 6]}, "has no words"),
+        ({"settings": {}}, "not the settings of a run"),
+        ({"settings": {"method": []}}, "not the settings of a run"),
+        ({"settings": None}, "not the settings of a run"),
+    ],
+)
+def test_a_wrong_config_of_a_run(run, tiny, changes, reason, capsys):
+    """A config.json that lacks something, or has values that cannot be, is refused in one line."""
+    edit_json(run / "config.json", **changes)
+    refused(capsys, [run, "--data-dir", tiny[5]], run, reason, main=evaluation.main)
+
+
+def test_a_file_of_brackets(tmp_path, capsys):
+    """JSON that is nested too deeply is refused like any other unreadable JSON."""
+    path = tmp_path / "task.json"
+    path.write_text("[" * 100_000)
+    refused(capsys, ["--task-file", path], path, "not a readable JSON object")
+
+
 # -------------------------------------------------------------------------------------------------
 # reports over many runs
 

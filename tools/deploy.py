@@ -661,6 +661,8 @@ def load_for_use(folder):
     path = Path(folder) / "compact.json"
     require(path.is_file(), f"{folder}: no compact.json; --evaluate is for a folder of --compact")
     model, about = load_compact(folder)
+    whole = about.keys() >= {"task", "task_file", "max_length", "labels"}
+    require(whole and type(about["max_length"]) is int, f"{path}: not whole; write it again")
     task = get_task(about["task"], about["task_file"])
     same_task(path, about, task)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)

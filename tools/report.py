@@ -267,7 +267,7 @@ def draw_curves(axes, rows, metric):
     values = [row["metrics"][metric] for row in measured]
     lowest = min([0.02, *values]) - 0.02  # a correlation may be negative
     last = max([1, *[row["step"] for row in rows]])
-    axes.set(xlabel="step", xlim=(0, last), ylim=(lowest, 1.02))
+    axes.set(xlabel="step", xlim=(0, last), ylim=(lowest, 1.2))  # above 1 the legend has room
     axes.set_ylabel("density", color="C0")
     loss_axes = axes.twinx()
     loss_axes.set_ylabel("loss", color="C1")
@@ -275,9 +275,10 @@ def draw_curves(axes, rows, metric):
     loss_axes.tick_params(axis="y", colors="C1")
     lines = draw_curve(axes, rows, "density", color="C0")
     lines += draw_curve(loss_axes, rows, "loss", color="C1")
-    lines += axes.plot(steps, values, "C2o-", label=f"{metric} on dev (left axis)")
-    loss_axes.set_ylim(bottom=0)
-    loss_axes.legend(handles=lines, loc="center right")
+    lines += axes.plot(steps, values, "C2o-", label=f"{metric} on dev (left)", clip_on=False)
+    highest = max([0.1, *[row["loss"] for row in rows if "loss" in row]])
+    loss_axes.set_ylim(0, 1.2 * highest)
+    loss_axes.legend(handles=lines, loc="upper center", ncols=3, fontsize="small")
 
 
 def draw_curve(axes, rows, key, color):
