@@ -86,7 +86,12 @@ def silence(stream):
 
 
 def tell(text, stream=None):
-    """Print a line, on a terminal above the live line. That nothing reads it is no error."""
+    """Print a line, on a terminal above the live line. That nothing reads it is no error.
+
+    Without a `stream` it goes to stdout, and of several processes only rank 0 prints it.
+    """
+    if stream is None and not is_rank_0():
+        return
     stream = stream or sys.stdout
     try:
         tqdm.write(text, stream)

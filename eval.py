@@ -206,7 +206,7 @@ class Teacher:
         same = tokenizer.to_str() == run.tokenizer.to_str()
         require(same, f"{name}: its tokenizer differs from that of {run.settings.model}")
         metrics = run.measure(model.to(run.device), run.held_out or run.dev_sets)
-        run.log.say(f"teacher {self.dense_run}: {show(metrics)}")
+        tell(f"teacher {self.dense_run}: {show(metrics)}")
         self.take_over(run, model, metrics[task.metrics[0]])
 
     def consider(self, run, step, metrics):
@@ -222,7 +222,7 @@ class Teacher:
         if run.progress.teacher is None or measured > run.progress.teacher:
             self.take_over(run, run.model, measured)
             run.log.row(step=step, teacher=measured)
-            run.log.say(f"{run.at(step)}  teaches itself from here")
+            tell(f"{run.at(step)}  teaches itself from here")
 
     def take_over(self, run, model, measured):
         run.progress.teacher = measured
@@ -259,10 +259,10 @@ def kept_weights(model):
     return np.array(kept).T, np.array(sizes).T  # (6, L) -> (L, 6)
 
 
-def warn_of_density(asked, achieved, say):
+def warn_of_density(asked, achieved):
     """Say that a run has missed the density asked for, if it has by more than 10%."""
     if asked and abs(achieved / asked - 1) > 0.1:
-        say(f"warning: density {achieved:.4f} was achieved where {asked:g} was asked for")
+        tell(f"warning: density {achieved:.4f} was achieved where {asked:g} was asked for")
 
 
 def entropy(density):
@@ -280,7 +280,7 @@ def report(run, which, device, data_dir):
     for name, value in metrics.items():
         print(f"  {name:12} {100 * value:.2f}")
     kept, sizes = kept_weights(model)
-    warn_of_density(s["density"], kept.sum() / sizes.sum(), print)
+    warn_of_density(s["density"], kept.sum() / sizes.sum())
     print("density (non-zero weights over all, as saved)")
     print_densities(kept, sizes, list(model.matrices))
     print("size")

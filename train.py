@@ -316,7 +316,7 @@ class Run:
         self.out = Path(s.out)
         self.dtype = pick_dtype(self.device) if s.dtype == "auto" else s.dtype
         self.log = Log(self.out / "metrics.jsonl", self.rank)
-        self.log.say(f"loading model {s.model}, task {s.task}")
+        tell(f"loading model {s.model}, task {s.task}")
         # The first process of a machine downloads and tokenises; the others find it done.
         waits = int(os.environ.get("LOCAL_RANK", 0)) > 0
         if waits:
@@ -349,7 +349,7 @@ class Run:
         saved = from_rank_0(saved, self.rank, self.world)
         if saved:
             load_checkpoint(self, saved, path)
-            self.log.say(f"resumed {self.out} at step {self.progress.step}")
+            tell(f"resumed {self.out} at step {self.progress.step}")
         elif self.teacher.dense_run:
             self.teacher.load(self)
         if self.progress.step == 0 and self.rank == 0:
@@ -385,7 +385,7 @@ class Run:
         outputs = len(self.task.labels) or 1
         self.model = load_model(self.source, head, outputs, self.words, s.seed, s.dropout)
         if head == "words" and not hasattr(self.model, "cls"):
-            self.log.say(f"{s.model} has no MLM head: the logit of a class is h_[CLS] . e(word)")
+            tell(f"{s.model} has no MLM head: the logit of a class is h_[CLS] . e(word)")
 
     def prepare_data(self, s):
         """Load the splits and count the steps."""
@@ -570,7 +570,7 @@ def evaluate_step(run, step):
     progress.metrics = metrics = run.measure(run.model, run.dev_sets)
     density = run.method.achieved()
     run.log.row(step=step, density=density, metrics=metrics)
-    run.log.say(f"{run.at(step)}  density {density:.4f}  dev: {show(metrics)}")
+    tell(f"{run.at(step)}  density {density:.4f}  dev: {show(metrics)}")
     main = run.task.metrics[0]
     best = progress.best
     last_chance = best is None and step == run.total_steps
@@ -688,7 +688,7 @@ def save_tensors(path, tensors, **header):
 
 @dataclass
 class Log:
-    """metrics.jsonl and the terminal. Only rank 0 writes."""
+    """metrics.jsonl. Only rank 0 writes it."""
 
     path: Path
     rank: int
@@ -697,10 +697,6 @@ class Log:
         if self.rank == 0:
             with open(self.path, "a") as file:
                 file.write(json.dumps(values) + "\n")
-
-    def say(self, text):
-        if self.rank == 0:
-            tell(text)
 
     def cut(self, step):
         """Drop the rows after `step` and a torn last one, which a resumed run writes again."""
@@ -768,8 +764,8 @@ def finish(run):
     if run.rank == 0:
         write_json(run.out / "result.json", result)
     density = f"density {result['achieved_density']:.4f}"
-    run.log.say(f"{run.out}: {show(progress.metrics)} at {density}, {progress.seconds:.0f} s")
-    warn_of_density(s.density, result["achieved_density"], run.log.say)
+    tell(f"{run.out}: {show(progress.metrics)} at {density}, {progress.seconds:.0f} s")
+    warn_of_density(s.density, result["achieved_density"])
     return result
 
 
@@ -789,7 +785,7 @@ def train_run(run):
     """Train a run to its end. A signal stops it after a step, with a checkpoint."""
     s = run.settings
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    run.log.say(
+    tell(
         f"{s.method} on {s.task}: {len(run.train_set):,} examples, {run.total_steps:,} steps of "
         f"{run.examples_per_step:.0f}, {trained:,} trained values, {run.device} {run.dtype}"
     )
@@ -843,8 +839,7 @@ def choose(given):
 def start(given, command, dry_run):
     """Show the settings and, unless it is a dry run, train with them."""
     s, source = choose(given)
-    if is_rank_0():
-        show_settings(s, source)
+    show_settings(s, source)
     if not dry_run:
         return train(s, command)
 
