@@ -1,13 +1,17 @@
 """What train.py needs, in a few kilobytes: a tiny BERT with a tokenizer, and a made-up task."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -68,3 +72,35 @@ def tiny(tmp_path_factory):
     flags += ["--data-dir", str(folder / "data"), "--max-length", "24", "--max-steps", "26"]
     flags += ["--batch-size", "16", "--log-every", "1", "--device", "cpu", "--dtype", "fp32"]
     return flags
+
+
+def pytest_collection_modifyitems(items):
+    """Put the tests last that wait for the demo."""
+    items.sort(key=lambda item: "default_command" in item.fixturenames)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def demo_in_background(request, tmp_path_factory):
+    """A function that returns the folder in which `python train.py` ran, and what it printed.
+
+    It takes most of a minute. It therefore starts before the first test and runs beside the others,
+    if a test that needs it was collected.
+    """
+    needed = [item for item in request.session.items if "default_command" in item.fixturenames]
+    if not needed:
+        yield None
+        return
+    folder = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, str(ROOT / "train.py")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=folder, env=one_thread, **pipes)
+
+    def wait():
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        return folder, out
+
+    yield wait
+    process.kill()
+    process.wait()

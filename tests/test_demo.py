@@ -1,7 +1,6 @@
 """What the demo's language and model must be, and what `python train.py` reaches on the demo."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,13 +50,9 @@ def test_task_and_tokenizer_are_the_scripts(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def default_command(tmp_path_factory):
+def default_command(demo_in_background):
     """The folder in which `python train.py` ran without any flag, and what it printed."""
-    folder = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, str(ROOT / "train.py")]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    return demo_in_background()
 
 
 def test_the_mask_alone_comes_within_two_points(default_command):
