@@ -186,17 +186,25 @@ def is_stream(path):
 
 
 def atomic_write(path, data):
-    """Write bytes or text to `path` so that it is never half-written.
+    """Write bytes or text to `path` so that it is never half-written. A stream is written directly.
 
-    A stream has no such protection: it is written to directly.
+    An OSError names the path.
     """
     if isinstance(data, str):
         data = data.encode()
-    if is_stream(path):
-        with open(path, "ab") as file:
-            file.write(data)
-        return
-    path = Path(path).resolve()  # a link stays a link
+    try:
+        if is_stream(path):
+            with open(path, "ab") as file:
+                file.write(data)
+        else:
+            replace_file(Path(path).resolve(), data)  # a link stays a link
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+def replace_file(path, data):
+    """Write bytes to a temporary file, and rename that to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent.glob(f".{path.name}.*.tmp"))
     temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # no other writer has it
@@ -207,9 +215,6 @@ def atomic_write(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temp, path)
-    except OSError as error:
-        error.filename = str(path)
-        raise
     finally:
         temp.unlink(missing_ok=True)
 

@@ -216,10 +216,10 @@ def test_predictions_into_a_pipe_and_through_a_link(tiny, made, tmp_path, capsys
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     received = []
-    reader = threading.Thread(target=lambda: received.append(pipe.read_bytes()))
+    reader = threading.Thread(target=lambda: received.append(pipe.read_bytes()), daemon=True)
     reader.start()
     assert evaluation.main([*argv, str(pipe)]) == 0
-    reader.join()
+    reader.join(timeout=20)
     assert received == [expected]
     assert pipe.is_fifo()
 
@@ -273,7 +273,7 @@ def test_what_cannot_be_written_is_one_line(tiny, made, tmp_path, capsys):
     if Path("/dev/full").exists():
         paths[Path("/dev/full")] = "No space left"
     for path, reason in paths.items():
-        refused(capsys, [*argv, path], reason, main=evaluation.main)
+        refused(capsys, [*argv, path], path, reason, main=evaluation.main)
     refused(capsys, [*tiny, "--out", tmp_path / "file"], tmp_path / "file")
     refused(capsys, [made / "smp-s", "--input", tmp_path / "none"], "none", main=evaluation.main)
 

@@ -52,19 +52,19 @@ def test_one_live_line_on_a_terminal(tiny, tmp_path):
     The line has the steps done, the time gone and the time left, as mm:ss. It goes when the work
     is done, and the lines that stay are whole.
     """
-    argv = [sys.executable, "train.py", *tiny, "--max-steps", "500", "--log-every", "20"]
-    text = on_a_terminal([*argv, "--eval-every", "499", "--out", str(tmp_path / "run")])
+    argv = [sys.executable, "train.py", *tiny, "--max-steps", "250", "--log-every", "20"]
+    text = on_a_terminal([*argv, "--eval-every", "249", "--out", str(tmp_path / "run")])
     assert text.startswith("loading torch\r\n")
     shown = [part for part in re.split(r"[\r\n]+", text) if part.startswith("train:")]
     assert len(shown) > 1
     assert max(map(len, shown)) < 80
-    layout = r"train: +\d+%\|.*\| \d+/500 \[\d\d:\d\d<(\d\d:\d\d|\?)(, loss .*, density [\d.]+)?\]"
+    layout = r"train: +\d+%\|.*\| \d+/250 \[\d\d:\d\d<(\d\d:\d\d|\?)(, loss .*, density [\d.]+)?\]"
     for line in shown:
         assert re.fullmatch(layout, line), line
     assert "loss" in shown[-1]
     after = text.rsplit("train:", 1)[1]
     assert "\r" + 79 * " " + "\r" in after  # it is wiped away
-    assert " 99.8%  step 499/500  density" in text
+    assert " 99.6%  step 249/250  density" in text
 
 
 def test_plain_lines_where_there_is_no_terminal(monkeypatch, capsys):
