@@ -602,11 +602,13 @@ def claimed(s, command):
     with open(out / "metrics.jsonl", "ab") as log:
         require(lock(log) is not False, f"--out {out}: another process trains there")
         try:
-            if command == DEMO_COMMAND and (out / "config.json").exists():
+            is_run = (out / "config.json").exists()
+            if command == DEMO_COMMAND and is_run:
                 clear_demo(out, log)
             fresh = os.listdir(out) == ["metrics.jsonl"] and os.path.getsize(log.name) == 0
-            require(fresh or s.resume, f"--out {out}: not empty; add --resume, or name another")
-            sweep(out.rglob(".*.tmp"))
+            known = fresh or (s.resume and is_run)
+            require(known, f"--out {out}: not empty; add --resume to a run, or name another")
+            sweep(out.rglob(".*.????????.tmp"))
             yield
         finally:
             with contextlib.suppress(OSError):

@@ -89,8 +89,12 @@ def test_a_refused_run_leaves_nothing(tiny, tmp_path, capsys):
     refused(capsys, [*flags, "--out", tmp_path / "new"], "--max-length 99")
     assert not (tmp_path / "new").exists()
     (tmp_path / "letter.txt").write_text("Dear ...")
-    refused(capsys, [*tiny, "--out", tmp_path], "not empty", "--resume")
-    assert list(tmp_path.iterdir()) == [tmp_path / "letter.txt"]
+    (tmp_path / ".letter.0a1b2c3d.tmp").write_text("Dear")
+    os.utime(tmp_path / ".letter.0a1b2c3d.tmp", (0, 0))
+    before = contents(tmp_path)
+    for flags in ([], ["--resume"]):
+        refused(capsys, [*tiny, *flags, "--out", tmp_path], "not empty", "--resume")
+    assert contents(tmp_path) == before
 
 
 def test_the_demo_makes_room_for_itself_only(tmp_path, monkeypatch, capsys):
