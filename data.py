@@ -81,12 +81,12 @@ def program(main):
 
 
 def silence(stream):
-    """Let a stream that nothing reads any more lead nowhere."""
+    """Let a stream lead nowhere. Python would fail once more when it closes the stream at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def tell(text, stream=None):
-    """Print a line, on a terminal above the live line. That nothing reads it is no error.
+    """Print a line, on a terminal above the live line. It is no error if nothing reads it.
 
     Without a `stream` it goes to stdout, and of several processes only rank 0 prints it.
     """
@@ -102,11 +102,12 @@ def tell(text, stream=None):
 
 def is_rank_0():
     """Is this the only process of a run, or the first of several?"""
-    return os.environ.get("RANK", "0") == "0"
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return alone or os.environ.get("RANK", "0") == "0"
 
 
 class Lines:
-    """Stands for a terminal where stderr is none: what a live line shows becomes lines."""
+    """Takes what a live line shows where stderr is no terminal, and prints it as lines."""
 
     def write(self, text):
         if text.strip():
@@ -114,7 +115,7 @@ class Lines:
 
 
 def live(what, total, **options):
-    """Return a tqdm: one line on stderr, within 80 columns, that says how far a work is.
+    """Return a tqdm: one line on stderr, at most 80 columns wide, that says how far the work is.
 
     A terminal renews it twice a second. Elsewhere, as in a log file, a line is added every 30
     seconds. Of several processes only rank 0 shows it.
@@ -152,21 +153,26 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv=None):
         args = super().parse_args(argv)
         for name, value in vars(args).items():
-            require(value not in ("", [""]), f"{name} is empty; leave it out, or fill it")
+            values = value if isinstance(value, list) else [value]
+            require("" not in values, f"{name}: a text is empty; leave it out, or fill it")
         return args
 
 
 def lock(file):
-    """Lock an open file until it is closed. Return whether that is so, or None: it is unknown."""
+    """Lock an open file until it is closed.
+
+    Return "ours", "taken" if another process has locked it, or "unknown" on Windows and where the
+    file system has no locks.
+    """
     try:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False  # another process has locked it
+        return "taken"
     except (ImportError, OSError):
-        return None  # on Windows, and where a file system has no locks
-    return True
+        return "unknown"
+    return "ours"
 
 
 def sweep(temporary):
@@ -174,7 +180,7 @@ def sweep(temporary):
     for path in temporary:
         with suppress(OSError), open(path, "ab") as file:
             old = time.time() - path.stat().st_mtime > 1  # a new one may not be locked yet
-            if old and lock(file):
+            if old and lock(file) == "ours":
                 path.unlink()
 
 
@@ -193,7 +199,10 @@ def atomic_write(path, data):
     if isinstance(data, str):
         data = data.encode()
     try:
-        if is_stream(path):
+        if str(path) in ("/dev/stdout", "/dev/fd/1"):
+            sys.stdout.flush()
+            sys.stdout.buffer.write(data)
+        elif is_stream(path):
             with open(path, "ab") as file:
                 file.write(data)
         else:
@@ -206,7 +215,7 @@ def atomic_write(path, data):
 def replace_file(path, data):
     """Write bytes to a temporary file, and rename that to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path.parent.glob(f".{path.name}.*.tmp"))
+    sweep(path.parent.glob(f".{path.name}.????????.tmp"))
     temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # no other writer has it
     try:
         with open(temp, "wb") as file:
@@ -214,6 +223,7 @@ def replace_file(path, data):
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        os.utime(temp)  # to other writers it is new until it has its name
         os.replace(temp, path)
     finally:
         temp.unlink(missing_ok=True)
@@ -528,9 +538,10 @@ def download(source, path):
     advice = f"run again, or put {path.name} into {path.parent}, or set GLUE_URL to a mirror"
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
-            tell(f"downloading {url}, {response.length or 0:,} bytes", sys.stderr)
+            size = int(response.headers.get("Content-Length", 0))
+            tell(f"downloading {url}, {size:,} bytes", sys.stderr)
             blocks = []
-            with live("download", response.length, unit_scale=True) as bar:
+            with live("download", size or None, unit_scale=True) as bar:
                 for block in iter(lambda: response.read1(1 << 18), b""):  # what has arrived
                     blocks.append(block)
                     bar.update(len(block))

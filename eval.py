@@ -19,6 +19,7 @@ if __name__ == "__main__":
     print("loading torch", file=sys.stderr)  # this takes a second or two
 
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -319,6 +320,9 @@ def spell(task, logits):
     return [task.spelling[i] for i in predicted]
 
 
+HEADER = "index\tprediction\n"
+
+
 def write_predictions(loaded, device, data_dir, split, path, name):
     """Write a split's predictions as the GLUE leaderboard takes them: index<TAB>prediction.
 
@@ -330,11 +334,16 @@ def write_predictions(loaded, device, data_dir, split, path, name):
         same = other.labels == task.labels and not task.regression
         require(same, f"--task {name}: the run was trained on {task.name}, whose labels differ")
         task = other
-    require(split in task.files, f"--split {split}: {task.name} has {', '.join(task.files)}")
+    has = f"{task.name} has {', '.join(task.files)}"
+    require(split in task.files, f"--split {split}: no such split; {has}")
     dataset = load_dataset(task, split, tokenizer, s["max_length"], data_dir)
     texts = spell(task, predict(model.to(device), dataset, device, s["dtype"]))
     rows = [f"{i}\t{text}\n" for i, text in enumerate(texts)]
-    atomic_write(path, "index\tprediction\n" + "".join(rows))
+    if os.path.isfile(path) and not is_stream(path):
+        with open(path, "rb") as file:
+            ours = file.readline() in (b"", HEADER.encode())
+        require(ours, f"{path}: is there already, and holds no predictions; name another file")
+    atomic_write(path, HEADER + "".join(rows))
     stream = sys.stderr if is_stream(path) else sys.stdout
     tell(f"{path}: {len(texts):,} predictions of {task.name} {split}", stream)
 
@@ -342,13 +351,15 @@ def write_predictions(loaded, device, data_dir, split, path, name):
 def label_texts(loaded, device, path):
     """Print what a run says of texts: its prediction, the probability of each class, the text.
 
-    The file is a TSV with the task's columns. "-" is standard input: a text or, separated by a
-    tab, a pair of texts in each line.
+    The file is a TSV with the task's columns. "-" is standard input: each line is a text, or a
+    pair of texts with a tab between them. Empty lines are skipped.
     """
     model, task, tokenizer, s = loaded
-    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     own = replace(task, rows={}, header=task.columns, drop_broken=False)
-    texts, _ = read_tsv(own, "lines" if path == "-" else "test", path, data)
+    if path == "-":
+        texts, _ = read_tsv(own, "lines", "standard input", sys.stdin.buffer.read())
+    else:
+        texts, _ = read_tsv(own, "test", path, Path(path).read_bytes())
     dataset = Dataset(*encode(texts, tokenizer, s["max_length"]), max_length=s["max_length"])
     logits = predict(model.to(device), dataset, device, s["dtype"])
     shares = logits.softmax(dim=1)[:, : len(task.labels)].numpy()  # (N, K); regression: (N, 0)
@@ -373,15 +384,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     which = "best" if args.best else "model"
     device = pick_device(args.device)
-    one = args.predictions or args.input
-    alone = len(args.runs) == 1 and not (args.predictions and args.input)
-    require(alone or not one, "--predictions and --input take one run, and not each other")
-    used = args.predictions or not (args.split or args.task)
-    require(used, "--split and --task say what --predictions predicts; give it, too")
-    if not one:
+    both = args.predictions and args.input
+    require(not both, "--predictions and --input cannot be used together")
+    if not args.predictions:
+        require(not (args.split or args.task), "--split and --task need --predictions")
+    if not (args.predictions or args.input):
         for run in args.runs:
             report(run, which, device, args.data_dir)
         return
+    require(len(args.runs) == 1, "--predictions and --input take one run")
     loaded = load_run(args.runs[0], which)
     if args.input:
         label_texts(loaded, device, args.input)

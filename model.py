@@ -301,8 +301,8 @@ def join_processes(device_name):
     Tensors on a CPU travel by gloo, and those on GPUs by nccl. The processes wait for each other
     for three hours, because the first one on a machine may have to download and tokenise.
     """
-    rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ["RANK"]) if world > 1 else 0
     device = pick_device(device_name)
     if world > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -495,7 +495,7 @@ def read_safetensors(path):
 
 
 def parse_safetensors(data, path):
-    """Do the same for `data`, the bytes of a checkpoint that was at `path`."""
+    """Return ({name: tensor}, metadata) of `data`, the bytes of a checkpoint at `path`."""
     try:
         tensors = from_safetensors(data)
     except SafetensorError as error:

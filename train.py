@@ -9,7 +9,7 @@ drawn from (seed, epoch), and dropout from (seed, step, rank). An interrupted ru
 continues bit-exactly from its parameters, the moments of its optimizer, and its step.
 
 Where the help of a flag says "recipe", the method and the task determine the value. --dry-run
-prints all settings and stops.
+prints the settings that differ from the defaults, and stops.
 """
 
 import sys
@@ -268,15 +268,23 @@ def check_pattern(s):
     s.density = n / m
 
 
-def show_settings(s, source):
-    """Print as flags the settings that differ from the defaults, without those that are off."""
+def show_settings(s, given, source):
+    """Print the settings that differ from the defaults, as flags; `source` is that of the others.
+
+    What the source switches off (0, none) is left out.
+    """
     flags = []
     for f in fields(s):
         value = getattr(s, f.name)
-        if value not in (f.default, 0, "none"):
-            flags.append(f"{as_flag(f.name)} {value}")
-    text = f"settings: {' '.join(flags)} (those not given are from {source})"
-    tell(textwrap.fill(text, 79, break_on_hyphens=False))
+        if value == f.default or (f.name not in given and value in (0, "none")):
+            continue
+        flag = as_flag(f.name)
+        if f.type is bool:
+            flags.append(flag if value else "--no-" + f.name)
+        else:
+            flags.append(f"{flag} {shlex.quote(str(value))}")
+    text = f"settings: {' '.join(flags)} (what was not given is from {source})"
+    tell(textwrap.fill(text, 79, break_on_hyphens=False, break_long_words=False))
 
 
 def default_out(s):
@@ -591,8 +599,9 @@ def evaluate_step(run, step):
 def claimed(s, command):
     """Let no other process train in the folder s.out, and remove what a killed one left there.
 
-    What is locked is metrics.jsonl. An earlier demo makes room for a demo. Raises UserError where
-    another run is in the folder, unless s.resume. What stays empty is removed at the end.
+    What is locked is metrics.jsonl. The demo deletes the files of an earlier demo. Raises UserError
+    where something else is in the folder, unless that is a run to resume. A folder in which nothing
+    was written is removed at the end.
     """
     if not is_rank_0():
         yield
@@ -600,14 +609,15 @@ def claimed(s, command):
     out = Path(s.out)
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "metrics.jsonl", "ab") as log:
-        require(lock(log) is not False, f"--out {out}: another process trains there")
+        free = lock(log) != "taken" and os.fstat(log.fileno()).st_nlink  # 0: deleted meanwhile
+        require(free, f"--out {out}: another process trains there")
         try:
             is_run = (out / "config.json").exists()
             if command == DEMO_COMMAND and is_run:
                 clear_demo(out, log)
-            fresh = os.listdir(out) == ["metrics.jsonl"] and os.path.getsize(log.name) == 0
-            known = fresh or (s.resume and is_run)
-            require(known, f"--out {out}: not empty; add --resume to a run, or name another")
+            elif not (s.resume and is_run):
+                empty = os.listdir(out) == ["metrics.jsonl"] and os.path.getsize(log.name) == 0
+                require(empty, f"--out {out}: not empty; add --resume to a run, or name another")
             sweep(out.rglob(".*.????????.tmp"))
             yield
         finally:
@@ -618,14 +628,15 @@ def claimed(s, command):
 
 
 def clear_demo(out, log):
-    """Empty the folder of an earlier demo, but for its locked log."""
+    """Delete what an earlier demo wrote into `out`; its log stays, empty and locked."""
     same = read_json(out / "config.json").get("command") == DEMO_COMMAND
     require(same, f"{out}: not made by `{DEMO_COMMAND}`; move it away, or give --out")
-    for path in out.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != "metrics.jsonl":
-            path.unlink()
+    for name in ("model", "best"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("config.json", "result.json"):
+        (out / name).unlink(missing_ok=True)
+    for path in out.glob("*.safetensors"):
+        path.unlink()
     log.truncate(0)
 
 
@@ -706,7 +717,7 @@ class Log:
             return
         size = 0
         with open(self.path, "rb+") as file:
-            with contextlib.suppress(ValueError):  # at a torn line
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # at a torn line
                 for line in file.readlines():
                     if not line.endswith(b"\n") or json.loads(line)["step"] > step:
                         break
@@ -829,7 +840,7 @@ def resumed(given, out):
 
 
 def choose(given):
-    """Return the settings, and where those not given are from: a run to resume, or a recipe."""
+    """Return the settings, and the source of those that were not given: a run, or a recipe."""
     if given.get("resume"):
         out = Path(given.get("out") or settings_from(given).out)
         if (out / "config.json").exists():
@@ -841,7 +852,7 @@ def choose(given):
 def start(given, command, dry_run):
     """Show the settings and, unless it is a dry run, train with them."""
     s, source = choose(given)
-    show_settings(s, source)
+    show_settings(s, given, source)
     if not dry_run:
         return train(s, command)
 

@@ -98,14 +98,19 @@ def test_a_refused_run_leaves_nothing(tiny, tmp_path, capsys):
 
 
 def test_the_demo_makes_room_for_itself_only(tmp_path, monkeypatch, capsys):
-    """The demo replaces an earlier demo, and not a run that somebody else put there."""
+    """The demo replaces an earlier demo, and not a run that somebody else put there.
+
+    Of an earlier demo it deletes only what the demo wrote.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "train_run", lambda run: None)
     monkeypatch.setattr(train, "finish", lambda run: train.write_json(run.out / "result.json", {}))
     assert train.main([]) == 0
-    (tmp_path / "runs/demo/dense/old").mkdir()
+    (tmp_path / "runs/demo/dense/notes.txt").write_text("mine")
+    (tmp_path / "runs/demo/dense/checkpoint.safetensors").write_text("old")
     assert train.main([]) == 0
-    assert not (tmp_path / "runs/demo/dense/old").exists()
+    assert not (tmp_path / "runs/demo/dense/checkpoint.safetensors").exists()
+    assert (tmp_path / "runs/demo/dense/notes.txt").read_text() == "mine"
     edit_json(tmp_path / "runs/demo/dense/config.json", command="python train.py --seed 1")
     before = contents(tmp_path)
     refused(capsys, [], "runs/demo/dense", "move it away")
@@ -120,7 +125,7 @@ def test_temporary_files_of_killed_processes_go(tiny, run):
         path.write_bytes(b"half")
         os.utime(path, (time.time() - 60,) * 2)
     with open(alive, "ab") as file:
-        assert data.lock(file)
+        assert data.lock(file) == "ours"
         assert train.main(["--out", str(run), "--resume"]) == 0
     assert not any(path.exists() for path in dead)
     assert alive.exists()
@@ -198,15 +203,31 @@ def test_what_is_there_is_not_written_over(flag, tiny, run, tmp_path, capsys):
         shutil.rmtree(target)
         target.mkdir()
     (tmp_path / "target" / "mask").write_text("precious")
+    another = tmp_path / "another"
+    shutil.copytree(run, another)
     before = contents(tmp_path)
     refused(capsys, argv, target, "--force", main=deploy.main)
-    for own in (run, run / "model", run / "best"):
+    for own in (run, run / "model", run / "best" / "new", run / "model" / "model.safetensors"):
         argv[2] = own
         refused(capsys, [*argv, "--force"], own, "belongs to the run", main=deploy.main)
+    argv[2] = another
+    refused(capsys, [*argv, "--force"], another, "is a run", main=deploy.main)
     assert contents(tmp_path) == before
     argv[2] = target
     assert deploy.main([*[str(word) for word in argv], "--force"]) == 0
     assert contents(tmp_path) != before
+
+
+def test_predictions_replace_predictions_only(tiny, made, tmp_path, capsys):
+    """--predictions replaces a file of predictions, and no other file."""
+    argv = [made / "smp-s", "--split", "dev", "--data-dir", tiny[5], "--predictions"]
+    target = tmp_path / "p.tsv"
+    for _ in range(2):
+        assert evaluation.main([str(word) for word in [*argv, target]]) == 0
+    target.write_text("a\tb\nmy text\tmore text\n")
+    before = contents(tmp_path)
+    refused(capsys, [*argv, target], target, "holds no predictions", main=evaluation.main)
+    assert contents(tmp_path) == before
 
 
 def test_predictions_into_a_pipe_and_through_a_link(tiny, made, tmp_path, capsys):
@@ -236,18 +257,19 @@ def test_predictions_into_a_pipe_and_through_a_link(tiny, made, tmp_path, capsys
 
 
 def test_predictions_to_standard_output(tiny, made, tmp_path):
-    """/dev/stdout gets the predictions and nothing else, in a pipe and at the end of a file."""
+    """/dev/stdout gets the predictions and nothing else; what others write there stays whole."""
     argv = [made / "smp-s", "--split", "dev", "--data-dir", tiny[5]]
     argv = command("eval.py", *argv, "--predictions", "/dev/stdout")
     log = tmp_path / "log"
-    log.write_text("before\n")
-    with open(log, "a") as file:
-        done = subprocess.run(argv, stdout=file, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    first, header, *rows = log.read_text().splitlines()
-    assert (first, header) == ("before", "index\tprediction")
+    here = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open(log, "w") as file:
+        for argv_or_echo in (["echo", "before"], argv, ["echo", "after"]):
+            options = {"stdout": file, "stderr": subprocess.PIPE, "cwd": ROOT, "env": here}
+            done = subprocess.run(argv_or_echo, **options)
+            assert done.returncode == 0, done.stderr
+    first, header, *rows, last = log.read_text().splitlines()
+    assert (first, header, last) == ("before", "index\tprediction", "after")
     assert len(rows) == 60
-    assert "60 predictions" in done.stderr
 
 
 def test_a_data_folder_is_not_created(made, tmp_path, monkeypatch, capsys):
@@ -412,6 +434,21 @@ def unknown_dtype(about, payload):
     return payload
 
 
+def short_texts(about, payload):
+    about["max_length"] = 3
+    return payload
+
+
+def words_of_numbers(about, payload):
+    about["words"] = [1, 2]
+    return payload
+
+
+def half_a_character(about, payload):
+    about["words"] = ["no", "\ud800"]
+    return payload
+
+
 def swapped_labels(about, payload):
     about["labels"].reverse()
     return payload
@@ -434,6 +471,9 @@ HOSTILE = [
     (no_table, "not a mask of this base model"),
     (no_length, "no 'max_length'"),
     (long_texts, "texts of 1000000000 tokens"),
+    (short_texts, "texts of 3 tokens"),
+    (words_of_numbers, "not a whole mask file"),
+    (half_a_character, "not a whole mask file"),
     (unknown_dtype, "dtype is 'int3'"),
     (swapped_labels, "with labels ['yes', 'no']"),
     (third_word, "3 label words"),
@@ -455,6 +495,32 @@ def test_hostile_mask_files(change, reason, tiny, mask, tmp_path, capsys):
     assert path.stat().st_size < 300_000
     argv = ["--model", tiny[1], "--task-file", tiny[3], "--data-dir", tiny[5], "--mask"]
     refused(capsys, [*argv, path], path, reason, main=deploy.main)
+
+
+def test_other_files_as_masks(tiny, run, tmp_path, capsys):
+    """Files that are no masks are refused: deep JSON, an empty .npy, a .npy that claims 100 TB.
+
+    A run without masks in its scores has no mask to save.
+    """
+    flags = ["--model", tiny[1], "--task-file", tiny[3], "--data-dir", tiny[5], "--mask"]
+    path = tmp_path / "deep.mask"
+    tensors = {"mask": np.zeros(1, np.uint8)}
+    header = {"mask": "[" * 100_000, "sha256": ""}
+    path.write_bytes(deploy.numpy_to_safetensors(tensors, metadata=header))
+    refused(capsys, [*flags, path], path, "not a whole mask file", main=deploy.main)
+    path = tmp_path / "empty.npy"
+    path.write_bytes(b"")
+    flags += [path, "--task", "pairs"]
+    refused(capsys, flags, path, "not a .npy of packed bits", main=deploy.main)
+    with open(path, "wb") as file:
+        about = {"descr": "|u1", "fortran_order": False, "shape": (10**14,)}
+        np.lib.format.write_array_header_1_0(file, about)
+    refused(capsys, flags, path, "not a .npy of packed bits", main=deploy.main)
+    scores = load_file(run / "scores.safetensors")
+    scores = {name: tensor for name, tensor in scores.items() if not name.endswith(".mask")}
+    save_file(scores, run / "scores.safetensors")
+    argv = [run, "--save-mask", tmp_path / "new"]
+    refused(capsys, argv, "holds no mask", main=deploy.main)
 
 
 def test_words_and_task_of_a_mask(tiny, mask, tmp_path, capsys):
@@ -537,6 +603,7 @@ def test_a_report_leaves_out_what_is_no_run(made, tmp_path, capsys):
         "empty": lambda run: (run / "result.json").write_text(""),
         "partial": lambda run: (run / "result.json").write_text('{"task": "pairs"}'),
         "a list": lambda run: (run / "result.json").write_text("[]"),
+        "a density of letters": lambda run: edit_json(run / "result.json", density="0.1"),
         "no best": lambda run: edit_json(run / "result.json", best=None),
         "no metrics": lambda run: edit_json(run / "result.json", metrics={}),
         "no settings": lambda run: (run / "config.json").write_text("{}"),
@@ -569,9 +636,14 @@ def test_a_torn_line_of_a_log(run, capsys):
     """A torn or foreign line of metrics.jsonl is left out of the curves, and named."""
     rows = report.read_log(run)
     with open(run / "metrics.jsonl", "ab") as log:
-        log.write(b'[3]\n{"step": 9, "los')
+        log.write(b'[3]\n{"step": "x"}\n{"step": 3, "metrics": null}\n{"step": 9, "los')
     assert report.read_log(run) == rows
-    assert capsys.readouterr().err.count("left out, not a row of a log") == 2
+    assert capsys.readouterr().err.count("left out, not a row of a log") == 4
+    for line in ("5", "{}", '{"step": "x"}'):  # resuming drops them
+        with open(run / "metrics.jsonl", "w") as log:
+            log.write(f'{{"step": 0}}\n{line}\n')
+        assert train.main(["--out", str(run), "--resume"]) == 0
+        assert '{"step": 0}' == (run / "metrics.jsonl").read_text().splitlines()[0]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -603,6 +675,8 @@ def test_flags_of_eval(made, flags, words, capsys):
         ("--evaluate --best", ["--best: only with"]),
         ("--evaluate --export OUT", ["give RUN with"]),
         ("--export OUT --task cola", ["--task: only with --mask"]),
+        ("--export OUT --compact OUT", ["the same name"]),
+        ("--export OUT --save-mask /dev/stdout", ["/dev/stdout", "mix"]),
         ("--mask FILE", ["give RUN with"]),
         ("--mask FILE --model BASE", ["give RUN with"]),
         ("", ["give RUN with"]),

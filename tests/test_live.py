@@ -89,7 +89,9 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch, capsys):
 
 
 def test_only_rank_0_shows_it(monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("RANK", "1")  # it means nothing without a WORLD_SIZE
+    assert not data.live("work", 3).disable
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert data.live("work", 3).disable
     monkeypatch.setenv("RANK", "0")
     assert not data.live("work", 3).disable
@@ -182,12 +184,17 @@ def test_dry_run(tiny, tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert err == ""
     assert max(map(len, out.splitlines())) < 80
-    flags, source = out.removeprefix("settings: ").split(" (those not given are")
+    flags, source = out.removeprefix("settings: ").split(" (what was not given is")
     assert " ".join(source.split()) == "from the recipe: PINS on RTE)"
     again = train.settings_from(train.parse(flags.split()))
     assert again == train.settings_from(train.parse(argv))
     assert "--epochs 20" in out
     assert "--seed" not in flags
+    argv = ["--no-redistribute", "--lr", "0", "--out", "a run"]
+    assert train.main([*argv, "--dry-run"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for flag in ("--no-redistribute", "--lr 0.0", "--out 'a run'"):
+        assert flag in out
     assert train.main(["--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "--method dense" in out and "--out runs/demo/smp-s" in " ".join(out.split())
@@ -268,9 +275,9 @@ def test_input_of_lines(made, monkeypatch, capsys):
     assert all(0 <= float(row.split("\t")[0]) <= 5 for row in rows)
     typed("w1\tw2\nw3\n")
     argv = [made / "pairs", "--input", "-"]
-    refused(capsys, argv, "-:2:", '"b" is missing', main=evaluation.main)
+    refused(capsys, argv, "standard input:2:", '"b" is missing', main=evaluation.main)
     typed("")
-    refused(capsys, argv, "-: no row", main=evaluation.main)
+    refused(capsys, argv, "standard input: no row", main=evaluation.main)
 
 
 def test_a_compact_folder_is_used(tiny, made, tmp_path, capsys):
@@ -329,4 +336,6 @@ def test_plots(made, tmp_path, capsys):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     argv = [made / "pairs", "--plot"]
     refused(capsys, [*argv, tmp_path / "x.doc"], "x.doc", "png", main=report.main)
-    refused(capsys, [*argv, tmp_path / "no" / "x.png"], "no/x.png", main=report.main)
+    refused(capsys, [*argv, "."], "name of a file", main=report.main)
+    assert report.main([str(word) for word in [*argv, tmp_path / "new" / "x.svg"]]) == 0
+    assert (tmp_path / "new" / "x.svg").read_text().startswith("<?xml")

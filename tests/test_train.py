@@ -220,7 +220,7 @@ def test_sweep_of_densities(tiny, finished, method, capsys):
     assert report.main([str(finished / "pins"), "--density", "0.5", *data]) == 2
     assert report.main([str(out), "--density", "nan", *data]) == 2
     said = capsys.readouterr().err
-    assert "nothing to rank anew" in said
+    assert "cannot be ranked again" in said
     assert "(0, 1]" in said
 
 

@@ -5,7 +5,7 @@
     python -m tools.deploy RUN --sparse          its metrics and speed with CSR matrices on a CPU
     python -m tools.deploy RUN --save-mask FILE  an SMP run as one small file, a mask
 
-What is there already is written over only with --force. Use a folder of --compact:
+Existing files are overwritten only with --force. Use a folder of --compact:
 
     python -m tools.deploy DIR --evaluate            its metrics on dev
     python -m tools.deploy DIR --predictions FILE    a split's predictions
@@ -64,17 +64,18 @@ CPU = torch.device("cpu")
 def make_room(target, run, force):
     """Raise UserError where writing `target` would destroy something.
 
-    That is a file or a folder that is not empty, unless `force`. A folder of the run itself is
-    refused in any case.
+    That is a file, or a folder that is not empty. `force` permits both, but nothing permits to
+    write into a run.
     """
     target = Path(target)
-    parts = [Path(run), Path(run) / "model", Path(run) / "best"]
-    own = target.resolve() in [part.resolve() for part in parts]
-    require(not own, f"{target}: belongs to the run; name another folder")
+    inside = target.resolve().is_relative_to(Path(run).resolve())
+    require(not inside, f"{target}: belongs to the run; name another place")
+    a_run = (target / "metrics.jsonl").exists()
+    require(not a_run, f"{target}: is a run; name another place")
     taken = target.exists() and not is_stream(target)
     if target.is_dir():
         taken = any(target.iterdir())
-    require(force or not taken, f"{target}: is there already; name another, or give --force")
+    require(force or not taken, f"{target}: exists already; name another, or give --force")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -141,7 +142,7 @@ def unpack(data, size, kept):
     """Return the flat bool array from which `pack` made `data`.
 
     It has `size` values, of which `kept` are True. Raises ValueError or zlib.error for other bytes.
-    However few they are, they could stand for gigabytes, so what they become is bounded.
+    A few bytes can unpack to gigabytes, so the unpacked size is limited.
     """
     most = min(kept, size - kept) + size // 255 + 1  # bytes of all gaps
     stream = zlib.decompressobj(wbits=-15)
@@ -206,6 +207,7 @@ def read_masks_of_run(folder):
     path = folder / "scores.safetensors"
     require(path.is_file(), f"{path}: no such file; finish the run, or train it again")
     tensors, _ = read_safetensors(path)
+    require(any(name.endswith(".mask") for name in tensors), f"{path}: holds no mask")
     masks = {}
     for name in sorted(tensors):
         if name.endswith(".mask"):
@@ -268,9 +270,11 @@ def read_mask(path):
                 raise ValueError(f"{name} is {about[name]!r}")
         if about["dtype"] not in DTYPES:
             raise ValueError(f"dtype is {about['dtype']!r}")
+        for word in about["words"]:
+            word.encode()  # a ValueError for half a character
     except KeyError as error:
         raise UserError(f"{path}: not a whole mask file (no {error}); copy it again") from None
-    except (TypeError, ValueError) as error:
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a whole mask file ({error}); copy it again") from None
     return about, payload
 
@@ -307,8 +311,9 @@ def read_released(path, shapes):
     `shapes` is {matrix: (out, in)}. Raises UserError where the file does not fit them.
     """
     try:
-        bits = np.unpackbits(np.load(path, allow_pickle=False))
-    except (OSError, ValueError, TypeError) as error:
+        # mmap_mode: a file that claims a huge size is refused, and not read
+        bits = np.unpackbits(np.load(path, mmap_mode="r", allow_pickle=False))
+    except (OSError, ValueError, TypeError, EOFError, MemoryError) as error:
         raise UserError(f"{path}: not a .npy of packed bits ({error})") from None
     total = sum(rows * columns for rows, columns in shapes.values())
     if not total <= bits.size < total + 8:
@@ -659,7 +664,8 @@ def load_for_use(folder):
     Raises UserError where it is damaged, or where its task file now describes another task.
     """
     path = Path(folder) / "compact.json"
-    require(path.is_file(), f"{folder}: no compact.json; --evaluate is for a folder of --compact")
+    advice = "--evaluate and --predictions are for a folder that --compact wrote"
+    require(path.is_file(), f"{folder}: no compact.json; {advice}")
     model, about = load_compact(folder)
     whole = about.keys() >= {"task", "task_file", "max_length", "labels"}
     require(whole and type(about["max_length"]) is int, f"{path}: not whole; write it again")
@@ -935,8 +941,9 @@ def evaluate_masks(base, paths, device, data_dir, task_name=None, words=(), task
         if "labels" in about:  # a released mask does not say its own
             same_task(path, about, task)
         length = about["max_length"]
-        fits = length <= model.config.max_position_embeddings
-        require(fits, f"{path}: texts of {length} tokens, too long for {base}")
+        longest = model.config.max_position_embeddings
+        fits = 8 <= length <= longest
+        require(fits, f"{path}: texts of {length} tokens; {base} takes 8 to {longest}")
         label_words = words or about.get("words") or task.words
         outputs = (len(task.labels),) if task.labels else (1, 2)
         counted = f"{len(label_words)} label words: {task.name} has {outputs[-1]}"
@@ -969,10 +976,10 @@ def parse(argv):
     )
     add("--uniform", action="store_true", help="--compact: only units go; `transformers` loads it")
     add("--sparse", action="store_true", help="compare the run's model in CSR with itself on a CPU")
-    add("--no-check", action="store_true", help="--compact, --sparse: without comparison and times")
+    add("--no-check", action="store_true", help="--compact, --sparse: skip comparison and timing")
     add("--best", action="store_true", help="the best checkpoint on dev instead of the last step")
     add("--save-mask", metavar="FILE", help="write the run's mask")
-    add("--force", action="store_true", help="write over what is there")
+    add("--force", action="store_true", help="overwrite what exists")
     add("--evaluate", action="store_true", help="metrics on dev of a compact folder")
     add("--predictions", metavar="FILE", help="write predictions of a compact folder")
     add("--split", help="split to predict; default test")
@@ -1009,18 +1016,26 @@ BELONGS = {
 
 def check_flags(args):
     """Raise UserError where nothing is asked for, or a flag belongs to something else."""
-    asked = [name for name in (*OF_RUN, *OF_FOLDER, *OF_BASE) if getattr(args, name)]
-    groups = [group for group in (OF_RUN, OF_FOLDER, OF_BASE) if set(group) & set(asked)]
-    needed = args.model and not args.run if groups == [OF_BASE] else args.run
-    require(
-        len(groups) == 1 and needed,
+    asked = {name for name in (*OF_RUN, *OF_FOLDER, *OF_BASE) if getattr(args, name)}
+    usage = (
         "give RUN with --export, --compact, --sparse or --save-mask; "
-        "a folder of --compact with --evaluate or --predictions; or --model BASE --mask FILE",
+        "a folder of --compact with --evaluate or --predictions; or --model BASE --mask FILE"
     )
+    one_group = asked and any(asked <= set(group) for group in (OF_RUN, OF_FOLDER, OF_BASE))
+    require(one_group, usage)
+    if args.mask:
+        require(args.model and not args.run, usage)
+    else:
+        require(args.run, usage)
     for flag, owners in BELONGS.items():
-        useful = set(owners) & set(asked) or not getattr(args, flag)
-        names = " or ".join(as_flag(owner) for owner in owners)
-        require(useful, f"{as_flag(flag)}: only with {names}")
+        if getattr(args, flag) and not asked & set(owners):
+            names = " or ".join(as_flag(owner) for owner in owners)
+            raise UserError(f"{as_flag(flag)}: only with {names}")
+    targets = [target for target in (args.export, args.compact, args.save_mask) if target]
+    distinct = {Path(target).resolve() for target in targets}
+    require(len(distinct) == len(targets), "two outputs have the same name; name different places")
+    alone = asked == {"save_mask"} or not (args.save_mask and is_stream(args.save_mask))
+    require(alone, f"--save-mask {args.save_mask}: other output would mix with it")
 
 
 def ship(args):

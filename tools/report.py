@@ -13,6 +13,7 @@ import sys
 if __name__ == "__main__":
     print("loading torch", file=sys.stderr)  # this takes a second or two
 
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from data import Parser, UserError, program, read_json, require, tell
+from data import Parser, UserError, atomic_write, program, read_json, require, tell
 from eval import evaluate, kept_weights, load_dev, load_run, show
 from model import find_model, load_model, model_sha256, pick_device, read_safetensors
 from prune import METHODS, encoder_matrices
@@ -79,6 +80,7 @@ def expand(folders):
 RESULT = {
     "task": str,
     "method": str,
+    "density": (int, float, type(None)),
     "achieved_density": float,
     "metrics": dict,
     "best": dict,
@@ -94,8 +96,9 @@ def finished(runs):
     for run in expand(runs):
         try:
             found.append(read_run(run))
-        except UserError as error:
+        except (UserError, OSError) as error:
             tell(f"left out: {error}", sys.stderr)
+    require(found, "no finished run among these folders")
     return found
 
 
@@ -154,7 +157,7 @@ def cell(rows):
     """Return the mean of each metric over `rows` {metric: value}, in percent; ± is over seeds."""
     texts = []
     for name in rows[0]:
-        values = [100 * row[name] for row in rows]
+        values = [100 * row[name] for row in rows if name in row]
         text = f"{name} {np.mean(values):.1f}"
         if len(rows) > 1:
             text += f" ± {np.std(values, ddof=1):.1f}"
@@ -209,21 +212,25 @@ def plot(run, which, path):
     except ImportError:
         advice = "which is not installed: pip install matplotlib"
         raise UserError(f"--plot draws with matplotlib, {advice}") from None
+    require(path.name, f"--plot {path}: expected the name of a file")
+    if not path.suffix:
+        path = path.with_name(f"{path.name}.png")
     model, task, _, settings = load_run(run, which)
     kept, sizes = kept_weights(model)
     per_head = head_densities(model)
     figure = Figure(figsize=(12, 3.6), layout="constrained")
+    kinds = figure.canvas.get_supported_filetypes()
+    known = path.suffix[1:].lower() in kinds
+    require(known, f"--plot {path}: the ending is none of {', '.join(sorted(kinds))}")
     density = kept.sum() / sizes.sum()
     figure.suptitle(f"{settings['method']} on {task.name}, density {density:.4f}")
     left, middle, right = figure.subplots(1, 3, width_ratios=(3, 4, 5))
     draw_densities(figure, left, kept / sizes, kind="matrix", names=list(model.matrices))
     draw_densities(figure, middle, per_head, kind="head", names=range(model.num_heads))
     draw_curves(right, read_log(run), metric=task.metrics[0])
-    path = path if path.suffix else path.with_name(f"{path.name}.png")
-    kinds = figure.canvas.get_supported_filetypes()
-    known = path.suffix[1:].lower() in kinds
-    require(known, f"--plot {path}: the ending is none of {', '.join(sorted(kinds))}")
-    figure.savefig(path, dpi=150)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix[1:].lower(), dpi=150)
+    atomic_write(path, picture.getvalue())
     print(f"{path}: {kept.sum():,} of {sizes.sum():,} weights kept")
 
 
@@ -238,11 +245,20 @@ def read_log(run):
             row = json.loads(line) if line else {}
         except ValueError:
             row = None
-        if isinstance(row, dict) and "step" in row:
+        if is_row(row):
             rows.append(row)
         elif line:
             tell(f"{path}:{number}: left out, not a row of a log", sys.stderr)
     return rows
+
+
+def is_row(row):
+    """Is this a row of a log, with numbers where numbers belong?"""
+    if not isinstance(row, dict) or not isinstance(row.get("metrics", {}), dict):
+        return False
+    values = [row.get("step"), row.get("loss", 0), row.get("density", 0)]
+    values += row.get("metrics", {}).values()
+    return all(isinstance(value, (int, float)) for value in values)
 
 
 def draw_densities(figure, axes, densities, kind, names):
@@ -333,8 +349,8 @@ def with_method(run, device):
     config = read_json(Path(run) / "config.json")
     Method = METHODS[s["method"]]
     if not Method.top_k:
-        advice = "smp, movement and magnitude have"
-        raise UserError(f"--density: a {s['method']} run has nothing to rank anew; {advice}")
+        advice = "those of smp, movement and magnitude can"
+        raise UserError(f"--density: a {s['method']} run cannot be ranked again; {advice}")
     source = find_model(s["model"])
     if model_sha256(source) != config["model_sha256"]:
         raise UserError(f"--density: {s['model']} is no longer the model that {run} began with")
