@@ -10,9 +10,11 @@
     python data.py --task mrpc mnli    # download, check and count; training does it by itself too
 """
 
+import signal
 import sys
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program at once
     print("loading torch", file=sys.stderr)  # this takes a second or two
 
 import argparse
@@ -22,7 +24,6 @@ import json
 import os
 import re
 import secrets
-import signal
 import time
 import urllib.request
 import zipfile
@@ -63,6 +64,7 @@ def program(main):
 
     @wraps(main)
     def reporting(argv=None):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which raises KeyboardInterrupt
         try:
             status = main(argv) or 0
             sys.stdout.flush()

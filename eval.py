@@ -13,9 +13,11 @@ More reports:
     python -m tools.report RUN --density 0.2 0.1 0.05        dev metrics at other densities
 """
 
+import signal
 import sys
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program at once
     print("loading torch", file=sys.stderr)  # this takes a second or two
 
 import math

@@ -12,9 +12,11 @@ Where the help of a flag says "recipe", the method and the task determine the va
 prints the settings that differ from the defaults, and stops.
 """
 
+import signal
 import sys
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program at once
     print("loading torch", file=sys.stderr)  # this takes a second or two
 
 import argparse
@@ -27,7 +29,6 @@ import platform
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import textwrap
 import time

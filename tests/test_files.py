@@ -317,6 +317,16 @@ def test_ctrl_c_is_one_line(module, name, monkeypatch, capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+@pytest.mark.parametrize("program", ["train.py", "eval.py", "tools.deploy"])
+def test_ctrl_c_while_torch_is_loaded(program):
+    """Ctrl-C in the first second ends the command without a traceback."""
+    here = subprocess.Popen(command(program, "RUN"), stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert here.stderr.readline() == "loading torch\n"
+    here.send_signal(train.signal.SIGINT)
+    assert here.communicate()[1] == ""
+    assert here.returncode == -train.signal.SIGINT
+
+
 def test_an_interrupted_run_says_how_it_goes_on(tiny, tmp_path, monkeypatch, capsys):
     """After Ctrl-C the command that is printed continues the run to its end, in its own folder."""
     update = train.METHODS["smp-s"].update

@@ -9,9 +9,11 @@ noisy machine is noisy for both. Weights are random, in the shape of a real mode
 a CPU, BERT-base on a GPU.
 """
 
+import signal
 import sys
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program at once
     print("loading torch", file=sys.stderr)  # this takes a second or two
 
 import copy

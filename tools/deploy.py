@@ -24,9 +24,11 @@ are the places of the rarer value (kept or not), stored as the gaps between them
 They take about the entropy of the mask, or less where rows are empty.
 """
 
+import signal
 import sys
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program at once
     print("loading torch", file=sys.stderr)  # this takes a second or two
 
 import copy

@@ -8,9 +8,11 @@
 `python eval.py RUN` reports the metrics, densities and sizes of one run.
 """
 
+import signal
 import sys
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program at once
     print("loading torch", file=sys.stderr)  # this takes a second or two
 
 import io
