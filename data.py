@@ -180,7 +180,7 @@ def lock(file):
 def sweep(temporary):
     """Remove the temporary files of killed processes. A living process has locked its own."""
     for path in temporary:
-        with suppress(OSError), open(path, "ab") as file:
+        with suppress(OSError), open(path, "rb+") as file:  # which creates nothing
             old = time.time() - path.stat().st_mtime > 1  # a new one may not be locked yet
             if old and lock(file) == "ours":
                 path.unlink()

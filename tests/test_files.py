@@ -133,6 +133,12 @@ def test_temporary_files_of_killed_processes_go(tiny, run):
     assert not alive.exists()
 
 
+def test_a_temporary_file_that_is_gone_does_not_come_back(tmp_path):
+    """Between the search for temporary files and the look at one its writer may have renamed it."""
+    data.sweep([tmp_path / ".file.0a1b2c3d.tmp"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_run_is_resumed_by_its_own_command(tiny, tmp_path, capsys):
     """With --resume added, the command of a run continues it. So does --out with one of its flags.
 
