@@ -15,6 +15,7 @@ import train
 from data import collate
 from model import Bert, BertConfig, load_model
 from tools import deploy
+from tools import masks as mask_files
 
 CPU = torch.device("cpu")
 
@@ -50,15 +51,16 @@ def test_masks_round_trip_near_their_entropy():
     rng = np.random.default_rng(0)
     for density, most in ((0.5, 1.01), (0.1, 1.03), (0.03, 1.03), (0.9, 1.03), (0.001, 1.2)):
         mask = rng.random(1_000_000) < density
-        data = deploy.pack(mask)
-        assert np.array_equal(deploy.unpack(data, mask.size, int(mask.sum())), mask)
+        data = mask_files.pack(mask)
+        assert np.array_equal(mask_files.unpack(data, mask.size, int(mask.sum())), mask)
         assert len(data) <= most * entropy(mask), density
     mask = (rng.random((1000, 1000)) < 0.2) & (rng.random((1000, 1)) < 0.5)
-    assert len(deploy.pack(mask.reshape(-1))) < 0.85 * entropy(mask)
+    assert len(mask_files.pack(mask.reshape(-1))) < 0.85 * entropy(mask)
     for n in (1, 2, 255, 256, 257, 70_000):
         place = np.arange(n)
         for mask in (place < 0, place >= 0, place == n - 1, place == 0, place % 256 == 255):
-            assert np.array_equal(deploy.unpack(deploy.pack(mask), n, int(mask.sum())), mask)
+            packed = mask_files.pack(mask)
+            assert np.array_equal(mask_files.unpack(packed, n, int(mask.sum())), mask)
 
 
 def test_mask_file_is_the_run(tiny, finished, tmp_path, capsys):
@@ -68,16 +70,16 @@ def test_mask_file_is_the_run(tiny, finished, tmp_path, capsys):
     """
     path = str(tmp_path / "a.mask")
     assert deploy.main([str(finished), "--save-mask", path]) == 0
-    about, payload = deploy.read_mask(path)
+    about, payload = mask_files.read_mask(path)
     shapes = {name: (rows, columns) for name, rows, columns, _, _ in about["matrices"]}
-    masks = deploy.unpack_all(path, about["matrices"], payload, shapes)
+    masks = mask_files.unpack_all(path, about["matrices"], payload, shapes)
     scores = load_file(finished / "scores.safetensors")
     saved = {name for name in scores if name.endswith(".mask")}
     assert {f"{name}.mask" for name in masks} == saved
     for name, mask in masks.items():
         assert np.array_equal(mask, scores[f"{name}.mask"].numpy())
     metrics = json.loads((finished / "result.json").read_text())["metrics"]
-    found = deploy.evaluate_masks(tiny[1], [path, path], CPU, tiny[5], task_file=tiny[3])
+    found = mask_files.evaluate_masks(tiny[1], [path, path], CPU, tiny[5], task_file=tiny[3])
     assert found == [metrics, metrics]
     capsys.readouterr()
     assert deploy.main(evaluating(tiny, path)) == 0
@@ -99,11 +101,11 @@ def test_released_masks(tmp_path):
     bits = np.concatenate([masks[name.format(i)].ravel() for i in order])
     path = tmp_path / "m.npy"
     np.save(path, np.packbits(bits))
-    read = deploy.read_released(path, shapes)
+    read = mask_files.read_released(path, shapes)
     for key in shapes:
         assert np.array_equal(read[key], masks[key])
     with pytest.raises(deploy.UserError, match="encoder matrices have"):
-        deploy.read_released(path, shapes | {name.format(0): (3, 8)})
+        mask_files.read_released(path, shapes | {name.format(0): (3, 8)})
 
 
 def refused(capsys, argv, *words):
@@ -122,7 +124,7 @@ def test_damaged_and_foreign_files_are_refused(tiny, finished, tmp_path, capsys)
     It is also refused over another base model. Of a run that trained weights no mask is saved.
     """
     path = tmp_path / "a.mask"
-    deploy.save_mask(finished, path)
+    mask_files.save_mask(finished, path)
     whole = path.read_bytes()
     rng = np.random.default_rng(0)
     for place in [*rng.integers(8, len(whole), size=30), len(whole) - 1, whole.index(b"density")]:

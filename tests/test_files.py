@@ -20,6 +20,7 @@ import data
 import eval as evaluation
 import train
 from tools import deploy, report
+from tools import masks as mask_files
 
 ROOT = Path(train.__file__).parent
 
@@ -380,11 +381,11 @@ def forged(source, target, change):
 
     `change` returns the new bytes.
     """
-    about, payload = deploy.read_mask(source)
+    about, payload = mask_files.read_mask(source)
     payload = change(about, payload)
-    header = {"mask": json.dumps(about), "sha256": deploy.digest(about, payload)}
+    header = {"mask": json.dumps(about), "sha256": mask_files.digest(about, payload)}
     tensors = {"mask": np.frombuffer(payload, np.uint8)}
-    target.write_bytes(deploy.numpy_to_safetensors(tensors, metadata=header))
+    target.write_bytes(mask_files.numpy_to_safetensors(tensors, metadata=header))
 
 
 def bomb(about, payload):
@@ -522,7 +523,7 @@ def test_other_files_as_masks(tiny, run, tmp_path, capsys):
     path = tmp_path / "deep.mask"
     tensors = {"mask": np.zeros(1, np.uint8)}
     header = {"mask": "[" * 100_000, "sha256": ""}
-    path.write_bytes(deploy.numpy_to_safetensors(tensors, metadata=header))
+    path.write_bytes(mask_files.numpy_to_safetensors(tensors, metadata=header))
     refused(capsys, [*flags, path], path, "not a whole mask file", main=deploy.main)
     path = tmp_path / "empty.npy"
     path.write_bytes(b"")
@@ -557,9 +558,9 @@ def test_the_mask_of_the_best_checkpoint(tiny, run, mask, tmp_path, capsys):
     save_file(other, run / "best" / "scores.safetensors")  # so that it differs from the last step
     path = tmp_path / "best.mask"
     assert deploy.main([str(run), "--save-mask", str(path), "--best"]) == 0
-    about, payload = deploy.read_mask(path)
+    about, payload = mask_files.read_mask(path)
     shapes = {name: (rows, columns) for name, rows, columns, _, _ in about["matrices"]}
-    for name, found in deploy.unpack_all(path, about["matrices"], payload, shapes).items():
+    for name, found in mask_files.unpack_all(path, about["matrices"], payload, shapes).items():
         assert np.array_equal(found, other[f"{name}.mask"].numpy())
     save_file(scores, run / "best" / "scores.safetensors")
     flags = ["--task-file", tiny[3], "--data-dir", tiny[5]]
@@ -728,4 +729,4 @@ def test_the_checksum_covers_header_and_bytes():
     """A forged file of these tests has the checksum that a genuine one would have."""
     about = {"a": 1}
     expected = hashlib.sha256(json.dumps(about, sort_keys=True).encode() + b"x").hexdigest()
-    assert deploy.digest(about, b"x") == expected
+    assert mask_files.digest(about, b"x") == expected

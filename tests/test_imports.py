@@ -14,7 +14,8 @@ MAY_IMPORT = {
     "train": {"data", "model", "prune", "eval"},
     "tools/timing": set(),
     "tools/report": {"data", "model", "prune", "eval"},
-    "tools/deploy": {"data", "model", "prune", "eval", "train", "tools.timing"},
+    "tools/masks": {"data", "model", "prune", "eval", "train"},
+    "tools/deploy": {"data", "model", "prune", "eval", "train", "tools.timing", "tools.masks"},
     "tools/bench": {"data", "model", "prune", "eval", "train", "tools.timing", "tools.deploy"},
 }
 
