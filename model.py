@@ -302,6 +302,8 @@ def join_processes(device_name):
     for three hours, because the first one on a machine may have to download and tokenise.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
+    launched = world == 1 or {"RANK", "MASTER_ADDR"} <= os.environ.keys()
+    require(launched, "WORLD_SIZE is set, but not by torchrun: use torchrun, or unset it")
     rank = int(os.environ["RANK"]) if world > 1 else 0
     device = pick_device(device_name)
     if world > 1 and device.type == "cuda":

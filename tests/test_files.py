@@ -98,6 +98,17 @@ def test_a_refused_run_leaves_nothing(tiny, tmp_path, capsys):
     assert contents(tmp_path) == before
 
 
+def test_a_world_size_without_torchrun(tiny, tmp_path, monkeypatch, capsys):
+    """WORLD_SIZE alone, left in the environment by something else, is refused in one line."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(capsys, [*tiny, "--out", tmp_path / "run"], "WORLD_SIZE is set", "torchrun")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "3")  # means nothing for one process
+    assert train.main([*tiny, "--max-steps", "1", "--out", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "result.json").exists()
+
+
 def test_the_demo_makes_room_for_itself_only(tmp_path, monkeypatch, capsys):
     """The demo replaces an earlier demo, and not a run that somebody else put there.
 

@@ -471,6 +471,7 @@ def test_processes_wait_for_a_long_download(monkeypatch):
     joined = []
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: joined.append(kwargs))
     assert model.join_processes("cpu") == (1, 2, torch.device("cpu"))
     assert joined[0]["timeout"] > timedelta(hours=1)
