@@ -129,7 +129,7 @@ def live(what, total, **options):
         total=total,
         file=sys.stderr if terminal else Lines(),
         ncols=79,
-        nrows=24,  # some terminals do not tell, and would get nothing
+        nrows=24,  # where a terminal does not report its height, tqdm would show nothing
         bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         position=0,
         leave=False,
@@ -156,7 +156,7 @@ class Parser(argparse.ArgumentParser):
         args = super().parse_args(argv)
         for name, value in vars(args).items():
             values = value if isinstance(value, list) else [value]
-            require("" not in values, f"{name}: a text is empty; leave it out, or fill it")
+            require("" not in values, f"{name}: the value is empty; give one, or leave it out")
         return args
 
 
@@ -180,7 +180,7 @@ def lock(file):
 def sweep(temporary):
     """Remove the temporary files of killed processes. A living process has locked its own."""
     for path in temporary:
-        with suppress(OSError), open(path, "rb+") as file:  # which creates nothing
+        with suppress(OSError), open(path, "rb+") as file:  # this mode creates no file
             old = time.time() - path.stat().st_mtime > 1  # a new one may not be locked yet
             if old and lock(file) == "ours":
                 path.unlink()
@@ -225,7 +225,7 @@ def replace_file(path, data):
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.utime(temp)  # to other writers it is new until it has its name
+        os.utime(temp)  # so that no other writer takes it for an old one
         os.replace(temp, path)
     finally:
         temp.unlink(missing_ok=True)
@@ -402,12 +402,18 @@ GLUE_TASKS = (
 TASKS = {"demo": None} | {task.name: task for task in GLUE_TASKS}
 
 
-def get_task(name, task_file=None):
-    """Return the task called `name`, or the one in `task_file`; UserError for an unknown name."""
-    if name == "demo" and not task_file:
+def get_task(name=None, task_file=None):
+    """Return the task called `name` (default: the demo), or the one in `task_file`.
+
+    Raises UserError for an unknown name, and where `task_file` describes another task than `name`.
+    """
+    if name in (None, "demo") and not task_file:
         task_file = DEMO / "task.json"
     if task_file:
-        return read_task_file(Path(task_file))
+        task = read_task_file(Path(task_file))
+        same = name in (None, task.name)
+        require(same, f"--task {name}: {task_file} describes {task.name}; give one of them")
+        return task
     require(name in TASKS, f'unknown task "{name}": expected {", ".join(TASKS)}, or --task-file')
     return TASKS[name]
 

@@ -152,6 +152,20 @@ def load_dev(task, tokenizer, max_length, data_dir):
 # finished runs
 
 
+def trained_on(path, about):
+    """Return the task that `about` describes by its "task", "task_file" and "labels".
+
+    `about` is what `path` says of its training. Raises UserError where the task file, which may
+    have changed since, describes another task or other labels.
+    """
+    name = None if about["task_file"] else about["task"]
+    task = get_task(name, about["task_file"])
+    then = f"{about['task']} with labels {about['labels']}"
+    now = f"{task.name} with labels {list(task.labels)}"
+    require(then == now, f"{path}: trained on {then}; the task file describes {now}")
+    return task
+
+
 def load_run(run, which="model"):
     """Return (model, task, tokenizer, settings) of a run; `which` is "model" or "best".
 
@@ -168,11 +182,8 @@ def load_run(run, which="model"):
     settings["dtype"] = config["dtype"]  # what "auto" was
     folder = run / which
     require(folder.is_dir(), f"{run}: has no {which}/ yet; continue the run with --resume")
-    task = get_task(settings["task"], settings["task_file"])
+    task = trained_on(run, settings | config)
     tokenizer = load_tokenizer(folder, read_json(folder / "config.json").get("vocab_size", 0))
-    then = f"{settings['task']} with labels {config['labels']}"
-    now = f"{task.name} with labels {list(task.labels)}"
-    require(then == now, f"{run}: trained on {then}; its task file now describes {now}")
     output_head = METHODS[settings["method"]].output_head
     model = load_model(folder, output_head, config["outputs"], config["words"], new_head=False)
     return model, task, tokenizer, settings

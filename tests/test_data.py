@@ -824,7 +824,7 @@ def test_task_file(tokenizer, tmp_path):
     path = own / "task.json"
     path.write_text(json.dumps(OWN))
     (own / "train.tsv").write_text("label\ttext\ngood\tcat\nbad\tdog\n")
-    task = get_task("whatever", path)
+    task = get_task(None, path)
     assert task.name == "mine"
     assert task.labels == ("bad", "good")
     assert task.words == ("no", "yes")

@@ -39,13 +39,14 @@ from safetensors.torch import save as torch_to_safetensors
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from data import Parser, UserError, atomic_write, collate, get_task, is_stream, load_tokenizer
-from data import program, read_json, require
-from eval import evaluate, load_dev, load_run, measure, predict, show, write_predictions
+from data import Parser, UserError, atomic_write, collate, is_stream, load_tokenizer, program
+from data import read_json, require
+from eval import evaluate, load_dev, load_run, measure, predict, show, trained_on
+from eval import write_predictions
 from model import Bert, BertConfig, autocast, holds, inputs, pick_device, read_safetensors
 from model import save_model
 from prune import encoder_matrices
-from tools.masks import evaluate_masks, same_task, save_mask
+from tools.masks import evaluate_masks, save_mask
 from tools.timing import alternate
 from train import as_flag, number
 
@@ -453,8 +454,7 @@ def load_for_use(folder):
     model, about = load_compact(folder)
     whole = about.keys() >= {"task", "task_file", "max_length", "labels"}
     require(whole and type(about["max_length"]) is int, f"{path}: not whole; write it again")
-    task = get_task(about["task"], about["task_file"])
-    same_task(path, about, task)
+    task = trained_on(path, about)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     settings = {"max_length": about["max_length"], "dtype": about.get("dtype", "fp32")}
     return model, task, tokenizer, settings

@@ -21,7 +21,7 @@ from safetensors.numpy import save as numpy_to_safetensors
 
 from data import UserError, atomic_write, get_task, is_stream, load_tokenizer, read_json, require
 from data import tell, word_ids
-from eval import entropy, evaluate, load_dev, show
+from eval import entropy, evaluate, load_dev, show, trained_on
 from model import find_model, load_model, model_sha256, read_safetensors
 from prune import METHODS, mask_matrices, masked_linears
 from train import DTYPES
@@ -129,7 +129,7 @@ def describe_mask(config, masks, packed):
     the length of its bytes.
     """
     s = config["settings"]
-    task = get_task(s["task"], s["task_file"])
+    task = trained_on(s["out"], s | config)
     matrices = []
     for name, mask in masks.items():
         matrices.append([name, *mask.shape, int(mask.sum()), len(packed[name])])
@@ -284,11 +284,12 @@ def evaluate_masks(base, paths, device, data_dir, task_name=None, words=(), task
     found = []
     for path in paths:
         about, masks = read_any_mask(path, base, sha256, shapes, task_name)
-        task = get_task(task_name or about["task"], task_file)
-        agree = task_name in (None, task.name)
-        require(agree, f"--task {task_name}: {task_file} describes {task.name}; give one of them")
-        if "labels" in about:  # a released mask does not say its own
-            same_task(path, about, task)
+        if "labels" in about:
+            other = task_name not in (None, about["task"])
+            require(not other, f"--task {task_name}: {path} is a mask for {about['task']}")
+            task = trained_on(path, about | {"task_file": task_file})
+        else:  # a released mask does not say what it was trained on
+            task = get_task(task_name, task_file)
         length = about["max_length"]
         longest = model.config.max_position_embeddings
         fits = 8 <= length <= longest
@@ -304,10 +305,3 @@ def evaluate_masks(base, paths, device, data_dir, task_name=None, words=(), task
         print(f"{path}: {task.name}, density {kept / total:.4f}: {show(metrics)}")
         found.append(metrics)
     return found
-
-
-def same_task(path, about, task):
-    """Raise UserError unless what is in the file `path` was trained on `task`."""
-    theirs = f"{about['task']} with labels {about['labels']}"
-    ours = f"{task.name} with labels {list(task.labels)}"
-    require(theirs == ours, f"{path}: trained on {theirs}; the task is {ours}")
