@@ -416,21 +416,19 @@ def save_compact(run, folder, which, drop_rows, uniform, device, data_dir, check
 
     The layout of the folder is ours, or with `uniform` that of `transformers`.
     """
-    before, task, tokenizer, s = load_run(run, which)
-    after, _, _, _ = load_run(run, which)
-    sizes = compact(after, uniform, drop_rows)
-    config = before.config
+    model, task, tokenizer, s = load_run(run, which)
+    total = count_weights(model)
+    config = copy.copy(model.config)  # of the whole model
+    sizes = compact(model, uniform, drop_rows)
     if uniform:
-        write_export(folder, after, task, Path(run) / which)
-        left = count_weights(after)
-        units = f"{after.config.intermediate_size:,} of {config.intermediate_size:,} units"
+        write_export(folder, model, task, Path(run) / which)
+        left = count_weights(model)
+        units = f"{model.config.intermediate_size:,} of {config.intermediate_size:,} units"
         kept = f"{units} in each layer"
     else:
-        write_compact(folder, after, task, tokenizer, s, config, sizes)
-        after, _ = load_compact(folder)
+        write_compact(folder, model, task, tokenizer, s, config, sizes)
         left = count_compact(sizes, config.hidden_size)
         kept = describe_compact(sizes, config)
-    total = count_weights(before)
     print(f"{folder}: {left:,} of {total:,} encoder weights ({left / total:.3f}); {kept}")
     for i, (query_sizes, value_sizes, units) in enumerate(sizes):
         line = f"  layer {i:2}: "
@@ -439,8 +437,11 @@ def save_compact(run, folder, which, drop_rows, uniform, device, data_dir, check
             line += f"{len(query_sizes)} heads of {queries}, "
         print(f"{line}{units:,} units")
     if check:
+        before, _, _, _ = load_run(run, which)
+        if not uniform:
+            model, _ = load_compact(folder)  # as it was written
         dev_sets = load_dev(task, tokenizer, s["max_length"], data_dir)
-        compare(before, after, task, dev_sets, device)
+        compare(before, model, task, dev_sets, device)
 
 
 def load_for_use(folder):
@@ -604,15 +605,15 @@ def to_csr(weight):
 
 def run_sparse(run, which, data_dir, check=True):
     """Print how many matrices sparse execution changes, and with `check` what that gains."""
-    before, task, tokenizer, s = load_run(run, which)
-    after, _, _, _ = load_run(run, which)
-    all_matrices = len(encoder_linears(before))
-    print(f"{run}: {sparse(after)} of {all_matrices} matrices as CSR")
+    model, task, tokenizer, s = load_run(run, which)
+    matrices = len(encoder_linears(model))
+    print(f"{run}: {sparse(model)} of {matrices} matrices as CSR")
     dev_sets = load_dev(task, tokenizer, s["max_length"], data_dir)
     if check:
-        compare(before, after, task, dev_sets, CPU)
+        before, _, _, _ = load_run(run, which)
+        compare(before, model, task, dev_sets, CPU)
     else:
-        print(f"  {show(evaluate(after, task, dev_sets, CPU, 'fp32'))}")
+        print(f"  {show(evaluate(model, task, dev_sets, CPU, 'fp32'))}")
 
 
 # -------------------------------------------------------------------------------------------------
