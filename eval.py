@@ -379,7 +379,7 @@ def label_texts(loaded, device, path):
     print("prediction", *task.spelling, *task.columns, sep="\t")
     for said, share, text in zip(spell(task, logits), shares, texts):
         columns = [text] if isinstance(text, str) else text
-        print(said, *share.round(4), *columns, sep="\t")
+        print(said, *[f"{p:.4f}" for p in share], *columns, sep="\t")
 
 
 @program

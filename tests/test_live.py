@@ -256,6 +256,7 @@ def test_input_of_pairs(tiny, made, tmp_path, capsys):
     said = [line.split("\t")[1] for line in file.read_text().splitlines()[1:]]
     assert [row[0] for row in rows] == said
     for row in rows:
+        assert all(re.fullmatch(r"[01]\.\d{4}", text) for text in row[1:3])
         no, yes = map(float, row[1:3])
         assert no + yes == pytest.approx(1, abs=2e-4)
         assert row[0] == ("yes" if yes > no else "no")
