@@ -1,8 +1,9 @@
-"""GLUE as token ids in flat numpy arrays: nine tasks, the AX diagnostics, or a task of your own.
+"""GLUE, SQuAD, CoNLL-2003 or a task of your own, as token ids in flat numpy arrays.
 
 - `TASKS` has one row for each task. A row holds everything that this program knows about the task.
+- A task has one of four kinds. The kind says how its files are read, and what is decided.
 - The official files are checked by the sha256 of the sources and by the number of rows.
-- A folder of official zips or TSVs is enough to work offline. A read-only folder stays untouched.
+- A folder of official files is enough to work offline. A read-only folder stays untouched.
 - Text is read as the official scripts read it. Tabs and newlines separate, and quotes are text.
 - A split is tokenised once. The name of its cache file depends on all that decides the token ids.
 - An epoch is a list of index arrays. It depends only on lengths, batch size, seed and epoch.
@@ -17,19 +18,13 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program at once
     print("loading torch", file=sys.stderr)  # this takes a second or two
 
-import argparse
 import hashlib
-import http.client
 import json
 import os
 import re
-import secrets
-import time
-import urllib.request
-import zipfile
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import cached_property
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 
@@ -38,238 +33,28 @@ import safetensors.numpy
 import torch
 from safetensors import SafetensorError
 from tokenizers import BertWordPieceTokenizer, Tokenizer
-from tqdm import tqdm
 
-DEMO = Path(__file__).parent / "demo"
-
-# -------------------------------------------------------------------------------------------------
-# small tools shared by all files
-
-
-class UserError(Exception):
-    """A mistake of the user, described in one line."""
-
-
-def require(condition, message):
-    """Raise UserError unless the condition holds."""
-    if not condition:
-        raise UserError(message)
-
-
-def program(main):
-    """Let `main(argv)` end in one line on stderr, whatever stops it, and return the exit status.
-
-    2: a UserError, or a file that cannot be read or written. 128 + n: signal n, or a closed pipe.
-    """
-
-    @wraps(main)
-    def reporting(argv=None):
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # which raises KeyboardInterrupt
-        try:
-            status = main(argv) or 0
-            sys.stdout.flush()
-            return status
-        except KeyboardInterrupt as error:
-            text, status = error.args or ("interrupted", 128 + signal.SIGINT)
-        except BrokenPipeError:
-            silence(sys.stdout)
-            text, status = "stopped: nothing reads the output any more", 141
-        except (UserError, OSError) as error:
-            text, status = f"error: {error}", 2
-        tell(text, sys.stderr)
-        return status
-
-    return reporting
-
-
-def silence(stream):
-    """Let a stream lead nowhere. Python would fail once more when it closes the stream at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def tell(text, stream=None):
-    """Print a line, on a terminal above the live line. It is no error if nothing reads it.
-
-    Without a `stream` it goes to stdout, and of several processes only rank 0 prints it.
-    """
-    if stream is None and not is_rank_0():
-        return
-    stream = stream or sys.stdout
-    try:
-        tqdm.write(text, stream)
-        stream.flush()
-    except OSError:
-        silence(stream)
-
-
-def is_rank_0():
-    """Is this the only process of a run, or the first of several?"""
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    return alone or os.environ.get("RANK", "0") == "0"
-
-
-class Lines:
-    """Takes what a live line shows where stderr is no terminal, and prints it as lines."""
-
-    def write(self, text):
-        if text.strip():
-            tell(text.strip(), sys.stderr)
-
-
-def live(what, total, **options):
-    """Return a tqdm: one line on stderr, at most 80 columns wide, that says how far the work is.
-
-    A terminal renews it twice a second. Elsewhere, as in a log file, a line is added every 30
-    seconds. Of several processes only rank 0 shows it.
-    """
-    terminal = sys.stderr.isatty()
-    seconds = 0.5 if terminal else 30
-    return tqdm(
-        desc=what,
-        total=total,
-        file=sys.stderr if terminal else Lines(),
-        ncols=79,
-        nrows=24,  # where a terminal does not report its height, tqdm would show nothing
-        bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
-        position=0,
-        leave=False,
-        mininterval=seconds,
-        delay=seconds,
-        miniters=1,
-        smoothing=0,  # what remains follows from the mean speed
-        disable=not is_rank_0(),
-        **options,
-    )
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that raises UserError for a wrong, abbreviated or empty flag."""
-
-    def __init__(self, description):
-        layout = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=layout, allow_abbrev=False)
-
-    def error(self, message):
-        raise UserError(f"{message.removeprefix('argument ')}; see --help")
-
-    def parse_args(self, argv=None):
-        args = super().parse_args(argv)
-        for name, value in vars(args).items():
-            values = value if isinstance(value, list) else [value]
-            require("" not in values, f"{name}: the value is empty; give one, or leave it out")
-        return args
-
-
-def lock(file):
-    """Lock an open file until it is closed.
-
-    Return "ours", "taken" if another process has locked it, or "unknown" on Windows and where the
-    file system has no locks.
-    """
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return "taken"
-    except (ImportError, OSError):
-        return "unknown"
-    return "ours"
-
-
-def sweep(temporary):
-    """Remove the temporary files of killed processes. A living process has locked its own."""
-    for path in temporary:
-        with suppress(OSError), open(path, "rb+") as file:  # this mode creates no file
-            old = time.time() - path.stat().st_mtime > 1  # a new one may not be locked yet
-            if old and lock(file) == "ours":
-                path.unlink()
-
-
-def is_stream(path):
-    """Is `path` a device, a pipe, or a name of an output that is already open?"""
-    if str(path).startswith(("/dev/std", "/dev/fd/", "/proc/self/fd/")):
-        return True
-    return os.path.exists(path) and not os.path.isfile(path)
-
-
-def atomic_write(path, data):
-    """Write bytes or text to `path` so that it is never half-written. A stream is written directly.
-
-    An OSError names the path.
-    """
-    if isinstance(data, str):
-        data = data.encode()
-    try:
-        if str(path) in ("/dev/stdout", "/dev/fd/1"):
-            sys.stdout.flush()
-            sys.stdout.buffer.write(data)
-        elif is_stream(path):
-            with open(path, "ab") as file:
-                file.write(data)
-        else:
-            replace_file(Path(path).resolve(), data)  # a link stays a link
-    except OSError as error:
-        error.filename = str(path)
-        raise
-
-
-def replace_file(path, data):
-    """Write bytes to a temporary file, and rename that to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path.parent.glob(f".{path.name}.????????.tmp"))
-    temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # no other writer has it
-    try:
-        with open(temp, "wb") as file:
-            lock(file)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.utime(temp)  # so that no other writer takes it for an old one
-        os.replace(temp, path)
-    finally:
-        temp.unlink(missing_ok=True)
-
-
-def write_json(path, value):
-    atomic_write(path, json.dumps(value, indent=2) + "\n")
-
-
-def read_json(path):
-    """Return the object in a JSON file. Raises UserError if it is missing or not an object."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable JSON object ({error})") from None
-    require(isinstance(value, dict), f"{path}: not a readable JSON object")
-    return value
-
-
-def sha256_of(*paths):
-    """Return the hex digest over the bytes of files, one after another."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            hashlib.file_digest(file, lambda: digest)  # adds the file to what it is given
-    return digest.hexdigest()
-
-
-def cache_home():
-    """Return the folder for what cannot be written beside the data."""
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("NANOPRUNE_CACHE") or user_cache / "nanoprune")
-
-
-def writable(folder):
-    """Is `folder` there, and may we write to it?
-
-    Root may write everywhere. A folder without any write permission is left alone all the same.
-    """
-    return os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222 > 0
-
+from tools.common import Parser, UserError, atomic_write, cache_home, live, program, read_json
+from tools.common import require, tell, writable
+from tools.fetch import DEMO, locate
 
 # -------------------------------------------------------------------------------------------------
 # tasks
+
+# The kinds of task, and what the metrics of each are called.
+#
+# kind       decisions per example                what the model reads
+# classify   one among the labels                 position 0
+# score      one number                           position 0
+# span       two: where an answer starts, ends    every position
+# tag        one per word among the labels        every position
+METRICS_OF = {
+    "classify": ("accuracy", "f1", "matthews"),
+    "score": ("pearson", "spearman"),
+    "span": ("f1", "em"),
+    "tag": ("entity_f1", "entity_precision", "entity_recall"),
+}
+EVERY_POSITION = ("span", "tag")
 
 SPLITS = ("train", "dev", "test")  # MNLI has "dev_mm" and "test_mm" as well
 
@@ -280,13 +65,15 @@ class Task:
 
     name: str
     folder: str  # the official name, used for the folder and for the file sent to the leaderboard
-    labels: tuple  # the class names in the order of Hugging Face's checkpoints; () for regression
+    labels: tuple  # the class names in the order of Hugging Face's checkpoints; () for a score
+    kind: str = "classify"  # or "score", "span", "tag"
     spelling: tuple = ("0", "1")  # the classes as the files and the leaderboard write them
     words: tuple = ("no", "yes")  # the word of each class; for regression, of `low` and of `high`
     metrics: tuple = ("accuracy",)  # the first one selects the best checkpoint
     columns: tuple = ("sentence1", "sentence2")  # one or two columns of text
     label: str = "label"  # the column of labels
     files: dict | None = None  # split -> file in the data folder; None: the usual three
+    other_names: dict | tuple = ()  # split -> other names of this file
     rows: dict | tuple = ()  # the number of rows of each of these files; () for your own
     sources: tuple = ()  # (address, sha256) of each file that the TSVs are made from
     header: tuple = ()  # the column names, where labelled files have no header line
@@ -299,10 +86,11 @@ class Task:
             self.files = tsvs(self.folder)
         if isinstance(self.rows, tuple):
             self.rows = dict(zip(self.files, self.rows))
+        self.other_names = dict(self.other_names)
 
     @property
     def regression(self):
-        return not self.labels
+        return self.kind == "score"
 
     @property
     def eval_splits(self):
@@ -351,7 +139,7 @@ GLUE_TASKS = (
              ("glue/data/mrpc_dev_ids.tsv",
               "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7"))),
     Task(name="stsb", folder="STS-B",
-         labels=(), spelling=(), metrics=("pearson", "spearman"), label="score",
+         labels=(), kind="score", spelling=(), metrics=("pearson", "spearman"), label="score",
          rows=(5_749, 1_500, 1_379),
          sources=glue_file("STS-B.zip",
                            "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85")),
@@ -396,10 +184,36 @@ GLUE_TASKS = (
          sources=glue_file("AX.tsv",
                            "0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd")),
 )
+
+OTHER_TASKS = (
+    Task(name="squad", folder="SQuAD", kind="span",
+         labels=("start", "end"), words=("yes", "no"),
+         metrics=("f1", "em"), columns=("question", "context"),
+         files={"train": "train-v1.1.json", "dev": "dev-v1.1.json"},
+         rows=(87_599, 10_570),
+         sources=(
+             ("https://rajpurkar.github.io/SQuAD-explorer/dataset/train-v1.1.json",
+              "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955"),
+             ("https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v1.1.json",
+              "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9"))),
+    Task(name="conll2003", folder="CoNLL-2003", kind="tag",
+         labels=("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC"),
+         words=("the", "person", "man", "company", "group", "city", "country", "event", "thing"),
+         metrics=METRICS_OF["tag"],
+         files={"train": "CoNLL-2003/train.txt", "dev": "CoNLL-2003/valid.txt",
+                "test": "CoNLL-2003/test.txt"},
+         other_names={"train": ("train.txt", "eng.train"), "dev": ("valid.txt", "eng.testa"),
+                      "test": ("test.txt", "eng.testb")},
+         columns=("sentence",),
+         rows=(14_041, 3_250, 3_453),
+         sources=(
+             ("https://data.deepai.org/conll2003.zip",
+              "96a104d174ddae7558bab603f19382c5fe02ff1da5c077a7f3ce2ced1578a2c3"),)),
+)
 # fmt: on
 
 # The demo is described by demo/task.json, which is a task file like yours.
-TASKS = {"demo": None} | {task.name: task for task in GLUE_TASKS}
+TASKS = {"demo": None} | {task.name: task for task in (*GLUE_TASKS, *OTHER_TASKS)}
 
 
 def get_task(name=None, task_file=None):
@@ -422,186 +236,134 @@ def get_task(name=None, task_file=None):
 # task files
 
 
+# The keys of a task file, and how many strings each of them holds: those of every kind ...
+KEYS = {"name": (1, 1), "train": (1, 1), "dev": (1, 1), "metric": (1, 3)}
+MAY_LACK = {"test": (1, 1), "kind": (1, 1)}
+# ... and those that a kind has besides them
+TSV_KEYS = {"columns": (1, 2), "label": (1, 1), "words": (1, 999)}
+KEYS_OF = {
+    "classify": TSV_KEYS | {"labels": (2, 999)},
+    "score": TSV_KEYS | {"range": (2, 2)},
+    "span": {"words": (1, 999)},
+    "tag": {"words": (1, 999), "labels": (2, 999)},
+}
+
+
 def read_task_file(path):
     """Return a task of your own, described in JSON.
 
         {"name": "mine", "train": "train.tsv", "dev": "dev.tsv", "columns": ["question", "answer"],
          "label": "label", "labels": ["bad", "good"], "words": ["no", "yes"], "metric": "accuracy"}
+        {"name": "squad-fr", "kind": "span", "train": "train.json", "dev": "dev.json",
+         "words": ["yes", "no"], "metric": ["f1", "em"]}
 
-    The files are TSVs with a header line. Their paths are relative to the JSON file. "test" may
-    name a third file. "columns" are one or two columns of text. "label" is the column of labels.
-    "labels" are the strings in it, in the order of the classes, and "words" are their label words.
-    "metric" may be a list. The first metric selects the best checkpoint. For regression, give
-    "range": [0, 5] in place of "labels", and two words, for the low end and for the high end.
+    Paths are relative to the JSON file. "test" may name a third file. "metric" may be a list, and
+    the first one selects the best checkpoint. "words" are the label words, which SMP needs.
+    "kind" says what the files are, and which other keys there are:
+    - "classify" (default): TSVs with a header line. "columns" are one or two columns of text,
+      "label" is the column of labels, and "labels" are the strings in it.
+    - "score": the same, with "range": [0, 5] in place of "labels". Its two words are for the low
+      end and for the high end.
+    - "span": JSON files in the form of SQuAD v1.1. Its two words are for the start and the end.
+    - "tag": files in the form of CoNLL-2003. "labels" are "O" and the tags in BIO2. Without this
+      key they are those of the training file.
     Raises UserError with the key that is wrong.
     """
     row = read_json(path)
-    needed = ("name", "train", "dev", "columns", "label", "words", "metric")
 
     def expect(condition, key, expected):
         require(condition, f'{path}: "{key}": expected {expected}')
 
-    def strings(key, counts):
-        """Return the value of `key`, a string or a list of strings, as a tuple."""
-        values = row[key] if isinstance(row[key], list) else [row[key]]
-        distinct = {value for value in values if isinstance(value, str) and value}
-        least, most = counts[0], counts[-1]
-        number = f"{least} to {most}" if most > least else most
-        expected = f"{number} different strings" if most > 1 else "a string that is not empty"
-        valid = len(distinct) == len(values) and len(values) in counts
-        expect(valid, key, expected)
-        return tuple(values)
-
-    known = (*needed, "test", "labels", "range")
+    kind = row.get("kind", "score" if "range" in row else "classify")
+    expect(kind in list(METRICS_OF), "kind", f"one of {', '.join(METRICS_OF)}")
+    counts = KEYS | MAY_LACK | KEYS_OF[kind]
+    needed = KEYS if kind in EVERY_POSITION else KEYS | KEYS_OF[kind]
     for key in row:
-        require(key in known, f'{path}: unknown key "{key}"; the keys are {", ".join(known)}')
+        require(key in counts, f'{path}: unknown key "{key}"; the keys are {", ".join(counts)}')
     for key in needed:
         expect(key in row, key, "this key, but it is missing")
-    either = 'either "labels" or, for regression, "range"'
-    expect(("labels" in row) != ("range" in row), "labels", either)
-    (name,) = strings("name", [1])
-    expect(re.fullmatch(r"[\w.-]+", name), "name", "letters, digits, dots and dashes")
-    labels = strings("labels", range(2, 1000)) if "labels" in row else ()
-    ends = row.get("range", [0, 5])
+    ends = row.pop("range", [0, 5])
     numbers = isinstance(ends, list) and {type(end) for end in ends} <= {int, float}
     in_order = numbers and len(ends) == 2 and ends[0] < ends[1]
     expect(in_order, "range", "two numbers, the lower one first")
-    metrics = strings("metric", (1, 2, 3))
-    known = ("accuracy", "f1", "matthews") if labels else ("pearson", "spearman")
-    if len(labels) > 2:
-        known = ("accuracy",)  # F1 and Matthews are those of two classes
-    expect(set(metrics) <= set(known), "metric", f"some of {', '.join(known)}")
+    values = {}
+    for key, value in row.items():
+        values[key] = value if isinstance(value, list) else [value]
+        distinct = {text for text in values[key] if isinstance(text, str) and text}
+        least, most = counts[key]
+        expected = f"{least} to {most} different strings" if most > 1 else "a string, not empty"
+        valid = len(distinct) == len(values[key]) and least <= len(distinct) <= most
+        expect(valid, key, expected)
+    (name,) = values["name"]
+    expect(re.fullmatch(r"[\w.-]+", name), "name", "letters, digits, dots and dashes")
     folder = path.resolve().parent
+    files = {split: str(folder / values[split][0]) for split in SPLITS if split in values}
+    labels = values.get("labels", ())
+    columns = values.get("columns", ("sentence",))
+    if kind == "span":
+        labels = ("start", "end")
+        columns = ("question", "context")
+    elif kind == "tag":
+        labels = labels or tags_in(files["train"])
+        expect("O" in labels, "labels", '"O" among the tags')
+    words = values.get("words", ())
+    count = len(labels) or 2
+    expect(len(words) in (count, 0), "words", f"{count} different strings")
+    # F1 and Matthews are those of two classes
+    metrics = ("accuracy",) if kind == "classify" and count > 2 else METRICS_OF[kind]
+    expect(set(values["metric"]) <= set(metrics), "metric", f"some of {', '.join(metrics)}")
     return Task(
         name=name,
         folder=name,
-        labels=labels,
-        spelling=labels,
-        words=strings("words", [len(labels) or 2]),
-        metrics=metrics,
-        columns=strings("columns", (1, 2)),
-        label=strings("label", [1])[0],
-        files={split: str(folder / strings(split, [1])[0]) for split in row if split in SPLITS},
+        kind=kind,
+        labels=tuple(labels),
+        spelling=tuple(labels),
+        words=tuple(words),
+        metrics=tuple(values["metric"]),
+        columns=tuple(columns),
+        label=values.get("label", [""])[0],
+        files=files,
         low=float(ends[0]),
         high=float(ends[1]),
     )
 
 
-# -------------------------------------------------------------------------------------------------
-# download
-
-
-def locate(task, split, data_dir):
-    """Return the path of the TSV of a split.
-
-    The file is taken from `data_dir` if it is there. If not, it is made from the official sources,
-    and sources that are not there are downloaded. What we make goes to `data_dir`. If we may not
-    write there, it goes to a folder of its own in `cache_home()`.
-    """
-    require(split in task.files, f'{task.name} has no "{split}" split but {", ".join(task.files)}')
-    name = task.files[split]
-    data_dir = Path(data_dir)
-    spare = cache_home() / task.sources[0][1][:16] if task.sources else data_dir
-    for folder in (data_dir, spare):
-        if (folder / name).is_file():
-            return folder / name
-    require(task.sources, f"{name}: no such file (the {split} split of task {task.name})")
-    require(data_dir.is_dir(), f"--data-dir {data_dir}: no such folder")
-    home = data_dir if writable(data_dir) else spare
-    folders = (data_dir, data_dir / task.folder, spare)
-    sources = [fetch(source, folders, home) for source in task.sources]
-    if task.name == "mrpc":
-        build_mrpc(*sources, home)
-    elif sources[0].suffix == ".zip":
-        unpack(sources[0], home, task.files.values())
-    else:
-        return sources[0]  # the source is the TSV itself
-    return home / name
-
-
-def fetch(source, folders, home):
-    """Return the path of a checked source, found in one of `folders` or downloaded to `home`."""
-    address, sha256 = source
-    name = Path(address).name
-    for folder in folders:
-        path = folder / name
-        if path.is_file():
-            check_sha256(path.read_bytes(), sha256, path, "remove it, and it is downloaded")
-            return path
-    download(source, home / name)
-    return home / name
-
-
-def check_sha256(data, sha256, origin, advice):
-    found = hashlib.sha256(data).hexdigest()
-    wrong = f"{len(data)} bytes, sha256 {found}, expected {sha256}"
-    require(found == sha256, f"{origin}: not the official file: {wrong}; {advice}")
-
-
-def download(source, path):
-    """Download a source, check it, and write it to `path`."""
-    address, sha256 = source
-    mirror = os.environ.get("GLUE_URL", "https://dl.fbaipublicfiles.com/")
-    url = f"{mirror.rstrip('/')}/{address}"
-    advice = f"run again, or put {path.name} into {path.parent}, or set GLUE_URL to a mirror"
-    try:
-        with urllib.request.urlopen(url, timeout=60) as response:
-            size = int(response.headers.get("Content-Length", 0))
-            tell(f"downloading {url}, {size:,} bytes", sys.stderr)
-            blocks = []
-            with live("download", size or None, unit_scale=True) as bar:
-                for block in iter(lambda: response.read1(1 << 18), b""):  # what has arrived
-                    blocks.append(block)
-                    bar.update(len(block))
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise UserError(f"{url}: {str(error) or type(error).__name__}; {advice}") from None
-    data = b"".join(blocks)
-    check_sha256(data, sha256, url, advice)
-    atomic_write(path, data)
-
-
-def unpack(archive, home, names):
-    """Write the members `names` of a zip below `home`, and nothing else.
-
-    A file that is already there stays as it is.
-    """
-    try:
-        with zipfile.ZipFile(archive) as zipped:
-            for name in names:
-                write_new(home / name, zipped.read(name))
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise UserError(f"{archive}: not a usable zip: {error}; remove it to download it") from None
-
-
-def build_mrpc(train, test, dev_ids, home):
-    """Write MRPC's TSVs. The training rows whose pair of ids `dev_ids` lists become dev."""
-    dev_pairs = set(dev_ids.read_text().split("\n"))
-    header, *lines = train.read_bytes().decode("utf-8-sig").rstrip("\n").split("\n")
-    texts = {"train": [header], "dev": [header]}
-    for line in lines:
-        pair = "\t".join(line.split("\t")[1:3])  # the ids of its two sentences
-        texts["dev" if pair in dev_pairs else "train"].append(line)
-    for split, lines in texts.items():
-        write_new(home / f"MRPC/{split}.tsv", "\n".join(lines) + "\n")
-    write_new(home / "MRPC/test.tsv", test.read_bytes())
-
-
-def write_new(path, content):
-    if not path.exists():
-        atomic_write(path, content)
+def tags_in(path):
+    """Return the tags of a file in the form of CoNLL-2003: "O", and B and I of each type."""
+    anything = Task(name="", folder="", kind="tag", labels=())
+    _, gold = read_conll(anything, "train", path, Path(path).read_bytes())
+    types = {tag[2:] for tag in chain(*gold) if tag != "O"}
+    pairs = [(f"B-{name}", f"I-{name}") for name in sorted(types)]
+    return ("O", *chain(*pairs))
 
 
 # -------------------------------------------------------------------------------------------------
 # reading
 
 
-def read_tsv(task, split, path, data):
-    """Return the texts and the labels in the bytes `data` of the file `path`.
+def read_split(task, split, path, data):
+    """Return the texts in the bytes `data` of a file `path`, and what is right for each (`gold`).
 
-    Texts are a list of strings, or of pairs of strings. Labels are int64 classes or float32
-    values. They are None in a test split, and in "lines", which have no header line either. Raises
-    UserError with the file and the line for bytes that are not UTF-8, missing columns, unknown
-    labels and lost rows.
+    kind              a text                             its gold
+    classify, score   a string, or a pair of strings     an int64 class, or a float32 value
+    span              a pair (question, context)         (id, [(answer, its first character)])
+    tag               a list of words                    a list of tags
+
+    Raises UserError that names the place in the file where something is not as it should be.
+    """
+    read = {"span": read_squad, "tag": read_conll}.get(task.kind, read_tsv)
+    texts, gold = read(task, split, path, data)
+    require(texts, f"{path}: no row of data")
+    expected = task.rows.get(split, len(texts))
+    counts = f"{len(texts)} rows, expected {expected}"
+    require(len(texts) == expected, f"{path}: {counts}: not whole, or not the official file")
+    return texts, gold
+
+
+def read_tsv(task, split, path, data):
+    """Read a TSV; see `read_split`.
+
+    The gold is None in a test split, and in "lines", which have no header line either.
     """
     labelled = split.startswith(("train", "dev"))
     # not splitlines(), because U+2028 and its like are text
@@ -629,10 +391,6 @@ def read_tsv(task, split, path, data):
         if labelled:
             label = fields[header.index(task.label)]
             labels.append(read_label(task, label, f"{path}:{number}"))
-    require(texts, f"{path}: no row of data")
-    expected = task.rows.get(split, len(texts))
-    counts = f"{len(texts)} rows, expected {expected}"
-    require(len(texts) == expected, f"{path}: {counts}: not whole, or not the official file")
     kind = np.float32 if task.regression else np.int64
     return texts, np.array(labels, kind) if labelled else None
 
@@ -662,8 +420,72 @@ def read_label(task, text, place):
     raise UserError(f'{place}: unknown {task.label} "{text}", expected {expected}')
 
 
+def read_squad(task, split, path, data):
+    """Read a JSON file in the form of SQuAD v1.1; see `read_split`."""
+    texts = []
+    gold = []
+    try:
+        for article in json.loads(decode(path, data))["data"]:
+            for paragraph in article["paragraphs"]:
+                for row in paragraph["qas"]:
+                    answers = [(a["text"], a["answer_start"]) for a in row.get("answers", [])]
+                    texts.append((row["question"].lstrip(), paragraph["context"]))
+                    gold.append((row["id"], answers))
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: not in the form of SQuAD v1.1 ({reason})") from None
+    ids = set()
+    for (_, context), (name, answers) in zip(texts, gold):
+        place = f'{path}: question "{name}"'
+        strings = all(isinstance(text, str) for text in (name, context, *dict(answers)))
+        expected = "its id, context and answers must be strings, and the id is there once"
+        require(strings and name not in ids, f"{place}: {expected}")
+        ids.add(name)
+        require(answers or split == "test", f"{place}: no answer; SQuAD v2 is not supported")
+        if split == "train":
+            text, start = answers[0]
+            there = type(start) is int and start >= 0 and context.startswith(text or "\0", start)
+            found = f'the answer "{text}" is not at character {start} of its context'
+            require(there, f"{place}: {found}; answer_start counts Unicode characters")
+    return texts, gold
+
+
+def read_conll(task, split, path, data):
+    """Read a file in the form of CoNLL-2003; see `read_split`.
+
+    A line has columns between spaces or tabs: first a word, last its tag. An empty line ends a
+    sentence. Tags are in IOB1 or BIO2, and become BIO2. A task without labels accepts any tag.
+    """
+    texts = []
+    gold = []
+    words = []
+    tags = []
+    for number, line in enumerate([*decode(path, data).split("\n"), ""], 1):
+        fields = re.split("[ \t]+", line.strip(" \t\r"))
+        if fields == [""] or fields[0] == "-DOCSTART-":
+            if words:
+                texts.append(words)
+                gold.append(tags)
+            words = []
+            tags = []
+            continue
+        tag = fields[-1]
+        before = tags[-1] if tags else "O"
+        if tag.startswith("I-") and tag[2:] != before[2:]:
+            tag = "B-" + tag[2:]  # in IOB1 the first word of an entity may have I
+        known = len(fields) > 1 and (tag in task.labels or not task.labels)
+        expected = f"expected a word first, and last {' or '.join(task.labels) or 'its tag'}"
+        require(known, f'{path}:{number}: "{fields[-1]}" is no tag; {expected}')
+        words.append(fields[0])
+        tags.append(tag)
+    return texts, gold
+
+
 # -------------------------------------------------------------------------------------------------
 # tokens
+
+IGNORED = -100  # the label of a token at which nothing is decided
+
 
 
 def load_tokenizer(model_dir, vocab_size):
@@ -724,37 +546,75 @@ def word_ids(tokenizer, words):
 
 @dataclass
 class Dataset:
-    """The n examples of a split. The tokens of example i are ids[starts[i]:starts[i + 1]].
+    """The n rows of a split. The tokens of row i are ids[starts[i]:starts[i] + lengths[i]].
 
-    The token type is 0 at first. It is 1 from position second[i] of the example on.
+    A row is an example. Of a "span" task it is a window: as much of a question's context as fits.
+    The token type is 0 at first. It is 1 from position second[i] of the row on.
     """
 
     ids: np.ndarray  # (total number of tokens,) int32
-    starts: np.ndarray  # (n + 1,) int64
+    lengths: np.ndarray  # (n,) int64
     second: np.ndarray  # (n,) int32
-    labels: np.ndarray | None = None  # (n,) int64 classes or float32 values; None in a test split
-    max_length: int = 512  # no example has more tokens
+    # classify, score: (n,) int64 classes or float32 values; None in a test split
+    # span: (n, 2) int64, the positions of the first and the last token of the answer
+    # tag: (total,) int64, a class at the first token of a word, else IGNORED
+    labels: np.ndarray | None = None
+    max_length: int = 512  # no row has more tokens
+    kind: str = "classify"
+    # span: (total, 2) int32, from which character of the context to which a token reaches, or 0, 0
+    # tag: (total,) int32, which word begins at a token, or -1
+    places: np.ndarray | None = None
+    owner: np.ndarray | None = None  # span: (n,) int64, to which example a window belongs
+    examples: list | None = None  # span, tag: [(text, gold)], see `read_split`
+    starts: np.ndarray | None = None  # (n,) int64; None: one row follows another
+
+    def __post_init__(self):
+        if self.starts is None:
+            self.starts = self.lengths.cumsum() - self.lengths
 
     def __len__(self):
         return len(self.second)
 
+    def tokens(self, row):
+        """Return which of `ids` and `places` belong to a row."""
+        return slice(self.starts[row], self.starts[row] + self.lengths[row])
+
     @property
-    def lengths(self):
-        """Return the number of tokens of each example, (n,)."""
-        return np.diff(self.starts)
+    def gold(self):
+        """Return what is right for each example, as the metrics take it."""
+        return self.labels if self.examples is None else [gold for _, gold in self.examples]
+
+    @cached_property
+    def decisions(self):
+        """Return the number of labelled decisions of each row, (n,)."""
+        if self.kind != "tag":
+            return np.full(len(self), self.labels[0].size)
+        before = np.append(0, np.cumsum(self.labels != IGNORED))
+        return before[self.starts + self.lengths] - before[self.starts]
 
     def take(self, indices):
-        """Return a Dataset of the labelled examples `indices`, in this order."""
-        rows = np.split(self.ids, self.starts[1:-1])
-        ids = np.concatenate([rows[i] for i in indices])
-        starts = np.append(0, self.lengths[indices].cumsum())
-        return Dataset(ids, starts, self.second[indices], self.labels[indices], self.max_length)
+        """Return a Dataset of the labelled examples `indices`, which ascend."""
+        rows = indices
+        if self.owner is not None:
+            rows = np.flatnonzero(np.isin(self.owner, indices))
+        part = replace(self, **{name: getattr(self, name)[rows] for name in PER_ROW})
+        if self.kind != "tag":
+            part.labels = self.labels[rows]
+        if self.owner is not None:
+            part.owner = np.searchsorted(indices, self.owner[rows])
+        if self.examples is not None:
+            part.examples = [self.examples[i] for i in indices]
+        return part
 
     def split(self, fraction, seed):
         """Return two Datasets, the rest and a random `fraction`. Neither of them is empty."""
-        order = np.random.default_rng(seed).permutation(len(self))
-        cut = np.clip(round(fraction * len(self)), 1, len(self) - 1)
+        count = len(self.examples or self)
+        order = np.random.default_rng(seed).permutation(count)
+        cut = np.clip(round(fraction * count), 1, count - 1)
         return [self.take(np.sort(part)) for part in (order[cut:], order[:cut])]
+
+
+PER_ROW = ("starts", "lengths", "second")
 
 
 def load_dataset(task, split, tokenizer, max_length, data_dir="data"):
@@ -764,32 +624,66 @@ def load_dataset(task, split, tokenizer, max_length, data_dir="data"):
     path = locate(task, split, data_dir)
     data = path.read_bytes()
     # The key of the cache file is made of all that decides the ids, and of nothing else.
-    reading = replace(task, name=split, words=(), metrics=(), files={}, sources=())
+    reading = replace(task, name=split, words=(), metrics=(), files={}, other_names=(), sources=())
     reading.rows = task.rows.get(split)
-    described = f"format 1, {max_length}, {reading}, {tokenizer.to_str()}"
+    described = f"format 2, {max_length}, {reading}, {tokenizer.to_str()}"
     key = hashlib.sha256(hashlib.sha256(data).digest() + described.encode()).hexdigest()[:32]
     folder = data_dir / "cache" if writable(data_dir) else cache_home() / "tokens"
     cached = folder / f"{task.name}-{split}-{key}.safetensors"
+    text = None
+    if task.kind in EVERY_POSITION:  # the metrics need the text, too
+        text = read_split(task, split, path, data)
     try:
-        arrays = safetensors.numpy.load_file(cached)
-        return Dataset(**arrays, max_length=max_length)
+        return make_dataset(task, text, safetensors.numpy.load_file(cached), max_length)
     except (OSError, TypeError, SafetensorError):
         pass  # the file is missing or damaged, or it lacks an array, so we tokenise
-    texts, labels = read_tsv(task, split, path, data)
-    ids, starts, second = encode(texts, tokenizer, max_length)
-    arrays = {"ids": ids, "starts": starts, "second": second}
-    if labels is not None:
-        arrays["labels"] = labels
+    text = text or read_split(task, split, path, data)
+    arrays = tokenise(task, *text, tokenizer, max_length)
     try:
         atomic_write(cached, safetensors.numpy.save(arrays))
     except OSError as error:
         tell(f"no token cache: {error}", sys.stderr)
-    return Dataset(**arrays, max_length=max_length)
+    return make_dataset(task, text, arrays, max_length)
+
+
+def make_dataset(task, text, arrays, max_length):
+    """Return the Dataset of these arrays; `text` is from `read_split`."""
+    dataset = Dataset(**arrays, max_length=max_length, kind=task.kind)
+    if task.kind in EVERY_POSITION:
+        dataset.examples = list(zip(*text))
+    if task.kind == "tag":
+        lost = sum(map(len, text[0])) - np.count_nonzero(dataset.places >= 0)
+        beyond = f"{lost:,} words are beyond --max-length {max_length}; they count as tagged O"
+        if lost:
+            tell(f"warning: {task.name}: {beyond}", sys.stderr)
+    return dataset
+
+
+def tokenise(task, texts, gold, tokenizer, max_length):
+    """Return the arrays of a Dataset, by name; `texts` and `gold` are from `read_split`."""
+    if task.kind == "span":
+        return encode_windows(texts, gold, tokenizer, max_length)
+    if task.kind == "tag":
+        return encode_words(texts, gold, task.labels, tokenizer, max_length)
+    arrays = encode(texts, tokenizer, max_length)
+    return arrays if gold is None else arrays | {"labels": gold}
+
+
+def copy_of(tokenizer):
+    """Return a copy, whose settings may be changed."""
+    return Tokenizer.from_str(tokenizer.to_str())
+
+
+def flat(ids, second):
+    """Return ids, lengths and second (see Dataset) of the rows `ids`, by name."""
+    lengths = np.array([len(row) for row in ids])
+    ids = np.concatenate(ids, dtype=np.int32)
+    return {"ids": ids, "lengths": lengths, "second": np.array(second, np.int32)}
 
 
 def encode(texts, tokenizer, max_length):
-    """Return ids, starts and second (see Dataset). Of a pair the longer text is cut first."""
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy, because we change its settings
+    """Return the arrays of texts or pairs of texts. Of a pair the longer text is cut first."""
+    tokenizer = copy_of(tokenizer)
     tokenizer.enable_truncation(max_length, strategy="longest_first")
     ids = []
     second = []
@@ -800,8 +694,71 @@ def encode(texts, tokenizer, max_length):
                 ids.append(np.array(encoding.ids, np.int32))
                 second.append(len(ids[-1]) - sum(encoding.type_ids))
             bar.update(len(chunk))
-    starts = np.append(0, np.cumsum([len(row) for row in ids]))
-    return np.concatenate(ids), starts, np.array(second, np.int32)
+    return flat(ids, second)
+
+
+# Two windows of a context share so many tokens (SMP, released code), but at most half of what a
+# question leaves of a row. With more, the library panics or makes dozens of windows.
+OVERLAP = 128
+
+
+def encode_windows(texts, gold, tokenizer, max_length):
+    """Return the arrays of questions with the windows of their contexts.
+
+    Raises UserError with the id of a question that leaves no room for its context.
+    """
+    cut = copy_of(tokenizer)
+    specials = cut.num_special_tokens_to_add(is_pair=True)
+    windows = []
+    examples = list(zip(texts, gold))
+    for owner, (text, (name, answers)) in enumerate(live("tokenise", None, iterable=examples)):
+        size = len(tokenizer.encode(text[0], add_special_tokens=False))
+        room = max_length - specials - size
+        none = f'question "{name}": its {size} tokens leave no room for the context'
+        require(room > 0, f"{none} in --max-length {max_length}")
+        cut.enable_truncation(max_length, stride=min(OVERLAP, room // 2), strategy="only_second")
+        first = cut.encode(*text)
+        for window in (first, *first.overflowing):
+            windows.append((owner, *read_window(window, answers)))
+    owner, ids, second, places, labels = zip(*windows)
+    more = {"owner": np.array(owner), "places": np.concatenate(places), "labels": np.array(labels)}
+    return flat(ids, second) | more
+
+
+def read_window(encoding, answers):
+    """Return the ids of a window, where its second text begins, its places, and its label.
+
+    The label is the first and the last token of the first answer, or position 0 twice where the
+    answer is not wholly in the window (SMP, released code).
+    """
+    context = np.flatnonzero([text == 1 for text in encoding.sequence_ids])
+    places = np.zeros((len(encoding), 2), np.int32)
+    places[context] = np.array(encoding.offsets)[context]
+    begins, ends = places[context].T
+    label = (0, 0)
+    if answers and len(context):
+        text, start = answers[0]
+        end = start + len(text)
+        if begins[0] <= start and end <= ends[-1]:
+            first = np.searchsorted(begins, start, "right") - 1
+            label = (context[first], context[np.searchsorted(ends, end)])
+    return encoding.ids, len(encoding) - sum(encoding.type_ids), places, label
+
+
+def encode_words(texts, gold, labels, tokenizer, max_length):
+    """Return the arrays of sentences that are lists of words. Of a long one the end is cut."""
+    tokenizer = copy_of(tokenizer)
+    tokenizer.enable_truncation(max_length)
+    rows = []
+    for words, tags in zip(texts, gold):
+        encoding = tokenizer.encode(words, is_pretokenized=True)
+        places = np.array([-1 if word is None else word for word in encoding.word_ids], np.int32)
+        places[1:][places[1:] == places[:-1]] = -1  # only the first token of a word counts
+        classes = np.array([labels.index(tag) for tag in tags])
+        rows.append((encoding.ids, places, np.where(places < 0, IGNORED, classes[places])))
+    ids, places, classes = zip(*rows)
+    more = {"places": np.concatenate(places), "labels": np.concatenate(classes)}
+    return flat(ids, [len(row) for row in ids]) | more
 
 
 # -------------------------------------------------------------------------------------------------
@@ -844,27 +801,29 @@ def batches(lengths, batch_size, seed, epoch, max_tokens=0):
     return [cut[i] for i in rng.permutation(len(cut))]
 
 
-def micro_batches(batch, rank, world, grad_accum):
-    """Return this rank's micro-batches of a batch: (examples, factor for the sum of their losses).
+def micro_batches(batch, decisions, rank, world, grad_accum):
+    """Return this rank's micro-batches of a batch: (rows, factor for the sum of their losses).
 
-    DistributedDataParallel averages over ranks. With the factor that average is the mean over the
-    batch. Every rank must have as many micro-batches as the others. Where it has no example left,
-    it takes one with the factor 0.
+    `decisions` is the number of decisions in the batch. DistributedDataParallel averages over
+    ranks. With the factor that average is the mean over the decisions. Every rank must have as many
+    micro-batches as the others. Where it has no row left, it takes one with the factor 0.
     """
     most = len(batch[::world])  # examples of rank 0, which has the most
     parts = np.array_split(batch[rank::world], min(grad_accum, most))
-    factor = world / len(batch)
+    factor = world / max(1, decisions)
     return [(part, factor) if len(part) else (batch[:1], 0.0) for part in parts]
 
 
 def collate(dataset, indices, pad_id=0):
-    """Return examples as tensors, padded to the longest of them and to a multiple of 8.
+    """Return rows as tensors, padded to the longest of them and to a multiple of 8.
 
     input_ids and token_type_ids are (B, T) int64, and attention_mask is (B, T) bool. If there are
-    labels, labels is (B,), int64 classes or float32 values.
+    labels, labels is (B,), int64 classes or float32 values; of "span" (B, 2), of "tag" (B, T).
+    rows, (B,) or where every position is read (B, T), says in which row of a table over the whole
+    split the logits stand; -1 for padding.
     """
     starts = dataset.starts[indices]  # (B,)
-    lengths = dataset.starts[indices + 1] - starts  # (B,)
+    lengths = dataset.lengths[indices]  # (B,)
     width = min((int(lengths.max()) + 7) // 8 * 8, dataset.max_length)  # T
     position = np.arange(width)  # (T,)
     mask = position < lengths[:, None]  # (T,) < (B, 1) -> (B, T)
@@ -873,7 +832,13 @@ def collate(dataset, indices, pad_id=0):
     input_ids[mask] = dataset.ids[source[mask]]
     token_type_ids = (mask & (position >= dataset.second[indices][:, None])).astype(np.int64)
     batch = {"input_ids": input_ids, "token_type_ids": token_type_ids, "attention_mask": mask}
-    if dataset.labels is not None:
+    batch["rows"] = indices
+    if dataset.kind in EVERY_POSITION:
+        batch["rows"] = np.where(mask, source, -1)
+    if dataset.kind == "tag":
+        batch["labels"] = np.full(mask.shape, IGNORED)
+        batch["labels"][mask] = dataset.labels[source[mask]]
+    elif dataset.labels is not None:
         batch["labels"] = dataset.labels[indices]
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
@@ -888,18 +853,18 @@ def prepare(task, data_dir="data"):
     found = {}
     for split in task.files:
         path = locate(task, split, data_dir)
-        texts, _ = read_tsv(task, split, path, path.read_bytes())
+        texts, _ = read_split(task, split, path, path.read_bytes())
         found[split] = (path, len(texts))
     return found
 
 
 @program
 def main(argv=None):
-    parser = Parser("download, check and count the data of GLUE tasks")
+    parser = Parser("download, check and count the data of tasks")
     add = parser.add_argument
     add("--task", nargs="+", default=[], metavar="TASK", help=" ".join(TASKS))
     add("--task-file", nargs="+", default=[], metavar="JSON", help="your own task, see README")
-    add("--data-dir", default="data", help="where the official zips or folders of TSVs are or go")
+    add("--data-dir", default="data", help="where the official files are or go")
     args = parser.parse_args(argv)
     tasks = [get_task(name) for name in args.task]
     tasks += [get_task(None, path) for path in args.task_file]

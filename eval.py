@@ -5,6 +5,7 @@
     python eval.py RUN --split test --predictions CoLA.tsv   the form of the GLUE leaderboard
     python eval.py MNLI_RUN --task ax --predictions AX.tsv   the diagnostic set, by a run on MNLI
     python eval.py RUN --input FILE                          your own text, labelled on the terminal
+    python eval.py --task squad --score FILE                 metrics of any system's predictions
 
 More reports:
 
@@ -20,23 +21,33 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program at once
     print("loading torch", file=sys.stderr)  # this takes a second or two
 
-import math
+import json
+import operator
 import os
+import re
+import string
+from collections import Counter
 from dataclasses import replace
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.lib.stride_tricks import sliding_window_view
 
-from data import Dataset, Parser, atomic_write, collate, encode, get_task, is_stream, live
-from data import load_dataset, load_tokenizer, program, read_json, read_tsv, require, tell
-from data import token_sizes
-from model import DEVICES, autocast, inputs, load_model, pick_device, send, task_loss, to_value
-from prune import METHODS, distill, encoder_matrices, self_distill
+from data import EVERY_POSITION, IGNORED, collate, get_task, load_dataset, load_tokenizer
+from data import make_dataset, read_conll, read_split, read_tsv, token_sizes, tokenise
+from model import DEVICES, autocast, decisions, inputs, load_model, pick_device, send, task_loss
+from model import to_value
+from prune import METHODS, distill, self_distill
+from tools.common import Parser, atomic_write, is_stream, live, program, read_json, require, tell
+from tools.fetch import locate
+from tools.sizes import kept_weights, print_densities, print_sizes
 
 # -------------------------------------------------------------------------------------------------
-# metrics, by their GLUE names
+# metrics
 
 
 def f1(predicted, labels):
@@ -61,12 +72,70 @@ def ranks(x):
     return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
+def normalise(text):
+    """Return the words of an answer as SQuAD's official script compares them."""
+    kept = [letter for letter in text.lower() if letter not in string.punctuation]
+    return re.sub(r"\b(a|an|the)\b", " ", "".join(kept)).split()
+
+
+def shared_words(words, right):
+    """Return F1 of two bags of words, or of two sets; 0 where both are empty."""
+    shared = sum((Counter(words) & Counter(right)).values())
+    return 2 * shared / (len(words) + len(right)) if shared else 0.0
+
+
+def over_answers(compare, predicted, gold):
+    """Return the mean over questions of the best `compare` with one of the answers.
+
+    `predicted` are strings, and None where a prediction is missing, which scores 0.
+    """
+    values = []
+    for text, (_, answers) in zip(predicted, gold, strict=True):
+        words = normalise(text or "")
+        scores = [compare(words, normalise(answer)) for answer, _ in answers]
+        values.append(0.0 if text is None else max(scores))
+    return float(np.mean(values))
+
+
+def entities(sentences):
+    """Return {(sentence, type, first word, word after the last)} of lists of tags, as conlleval.
+
+    A tag I that continues nothing begins an entity.
+    """
+    found = set()
+    for number, tags in enumerate(sentences):
+        inside = ""  # the type of the entity that goes on
+        first = 0  # its first word
+        for place, tag in enumerate([*tags, "O"]):
+            if inside and tag != f"I-{inside}":
+                found.add((number, inside, first, place))
+                inside = ""
+            if not inside and tag != "O":
+                inside = tag[2:]
+                first = place
+    return found
+
+
+def entity_precision(predicted, gold):
+    """Return the fraction of the predicted entities that are right, 0 where there are none."""
+    found = entities(predicted)
+    return len(found & entities(gold)) / max(1, len(found))
+
+
 METRICS = {
     "accuracy": lambda predicted, labels: float(np.mean(predicted == labels)),
     "f1": f1,
     "matthews": pearson,  # Matthews' correlation is that of two 0-1 variables
     "pearson": pearson,
     "spearman": lambda x, y: pearson(ranks(x), ranks(y)),
+}
+# The metrics of answers and of tags. The `gold` of a question is (id, answers).
+TEXT_METRICS = {
+    "f1": partial(over_answers, shared_words),
+    "em": partial(over_answers, operator.eq),
+    "entity_f1": lambda predicted, gold: shared_words(entities(predicted), entities(gold)),
+    "entity_precision": entity_precision,
+    "entity_recall": lambda predicted, gold: entity_precision(gold, predicted),
 }
 
 # -------------------------------------------------------------------------------------------------
@@ -79,9 +148,10 @@ MAX_TOKENS = {"cpu": 1 << 10, "mps": 1 << 14, "cuda": 1 << 17}
 
 @torch.no_grad()
 def predict(model, dataset, device, dtype):
-    """Return logits (N, K) float32 on the CPU, in the order of the split, without dropout.
+    """Return logits float32 on the CPU, in the order of the split, without dropout.
 
-    The batches are the same every time. Under torchrun each rank computes its share of them.
+    They are (N, K): a row per example or, where every position is read, per token. The batches are
+    the same every time. Under torchrun each rank computes its share of them.
     """
     rank = 0
     world = 1
@@ -94,35 +164,89 @@ def predict(model, dataset, device, dtype):
     order = np.argsort(-dataset.lengths, kind="stable")
     sizes = token_sizes(dataset.lengths, MAX_TOKENS[device.type])
     parts = np.split(order, np.cumsum(sizes)[:-1])[rank::world]
+    rows = []
     logits = []
     with autocast(device, dtype), live("predict", len(parts)) as bar:
         for part in parts:
-            logits.append(model(**inputs(collate(dataset, part), device)))
+            batch = collate(dataset, part)
+            rows.append(batch["rows"])
+            logits.append(model(**inputs(batch, device)))
             bar.update()
     model.train(was_training)
-    table = torch.zeros(len(dataset), model.outputs, device=device)
-    for part, values in zip(parts, logits):
-        table[send(torch.from_numpy(part), device)] = values
+    count = len(dataset.ids if dataset.kind in EVERY_POSITION else dataset)
+    table = torch.zeros(count + 1, model.outputs, device=device)  # the last row is for padding
+    for place, values in zip(rows, logits):
+        table[send(place, device)] = values
     if world > 1:
         dist.all_reduce(table)
-    return table.cpu()
+    return table[:-1].cpu()
 
 
-def to_predictions(task, logits):
-    """Return classes (N,) or, of a regression task, values (N,), as numpy."""
+def to_predictions(task, logits, dataset):
+    """Return what the logits of a split say of each example.
+
+    classify: classes (N,). score: values (N,). span: strings. tag: lists of tags.
+    """
+    if task.kind == "span":
+        return best_answers(logits.numpy(), dataset)
+    if task.kind == "tag":
+        return tags_of_words(task.labels, logits.argmax(dim=1).numpy(), dataset)
     if task.regression:
         return to_value(logits, task.low, task.high).numpy()
     return logits.argmax(dim=1).numpy()
 
 
-def measure(task, logits, labels, suffix=""):
-    """Return {metric: value} under GLUE's names; `suffix` marks MNLI's mismatched half."""
-    predicted = to_predictions(task, logits)
+LONGEST_ANSWER = 30  # tokens (SMP, released code)
+
+
+def best_answers(logits, dataset):
+    """Return for each question the text whose start and end have the largest sum of logits.
+
+    `logits` are (tokens, 2). Start and end are in the context, start <= end < start +
+    LONGEST_ANSWER, in any of the question's windows.
+    """
+    best = {}  # example -> (sum of logits, text)
+    for row, example in enumerate(dataset.owner):
+        tokens = dataset.tokens(row)
+        inside = dataset.places[tokens, 1] > 0  # the context
+        if not inside.any():
+            continue
+        places = dataset.places[tokens][inside]  # (n, 2)
+        start, end = logits[tokens][inside].T  # (n, 2) -> twice (n,)
+        end = np.pad(end, (0, LONGEST_ANSWER - 1), constant_values=-np.inf)
+        sums = start[:, None] + sliding_window_view(end, LONGEST_ANSWER)  # (n, 30)
+        first, more = np.unravel_index(sums.argmax(), sums.shape)
+        if example not in best or sums[first, more] > best[example][0]:
+            (_, context), _ = dataset.examples[example]
+            text = context[places[first, 0] : places[first + more, 1]]
+            best[example] = (sums[first, more], text)
+    return [best.get(i, (0, ""))[1] for i in range(len(dataset.examples))]
+
+
+def tags_of_words(labels, classes, dataset):
+    """Return the tags of each sentence, from `classes` (tokens,). A word without a token is O."""
+    predicted = []
+    for row, (words, _) in enumerate(dataset.examples):
+        tokens = dataset.tokens(row)
+        first = dataset.places[tokens] >= 0
+        tags = ["O"] * len(words)
+        for word, label in zip(dataset.places[tokens][first], classes[tokens][first]):
+            tags[word] = labels[label]
+        predicted.append(tags)
+    return predicted
+
+
+def measure(task, predicted, gold, suffix=""):
+    """Return {metric: value}, the first of which selects; `suffix` marks MNLI's mismatched half.
+
+    `predicted` is from `to_predictions`, and `gold` from `read_split`.
+    """
+    table = TEXT_METRICS if task.kind in EVERY_POSITION else METRICS
     metrics = {}
     for full_name in task.metrics:
         name = full_name.removesuffix("_mm")
         if name + suffix == full_name:
-            metrics[full_name] = METRICS[name](predicted, labels)
+            metrics[full_name] = table[name](predicted, gold)
     return metrics
 
 
@@ -130,8 +254,8 @@ def evaluate(model, task, dev_sets, device, dtype):
     """Return the metrics over `dev_sets` {suffix: dataset}; see `load_dev`."""
     metrics = {}
     for suffix, dataset in dev_sets.items():
-        logits = predict(model, dataset, device, dtype)
-        metrics |= measure(task, logits, dataset.labels, suffix)
+        predicted = to_predictions(task, predict(model, dataset, device, dtype), dataset)
+        metrics |= measure(task, predicted, dataset.gold, suffix)
     return metrics
 
 
@@ -185,7 +309,8 @@ def load_run(run, which="model"):
     task = trained_on(run, settings | config)
     tokenizer = load_tokenizer(folder, read_json(folder / "config.json").get("vocab_size", 0))
     output_head = METHODS[settings["method"]].output_head
-    model = load_model(folder, output_head, config["outputs"], config["words"], new_head=False)
+    head = (output_head, config["outputs"], config["words"])
+    model = load_model(folder, *head, new_head=False, kind=task.kind)
     return model, task, tokenizer, settings
 
 
@@ -199,7 +324,7 @@ class Teacher:
     That is none, a dense run, this run's own best checkpoint so far ("self"), or a dense run until
     a checkpoint is better ("self:RUN").
 
-    `table` is what the teacher says of each training example: logits (N, K) or, of a regression
+    `table` is what the teacher says of the training set: what `predict` returns or, of a regression
     task, values (N,). It depends on nothing but teacher and example, and is computed once per
     teacher. None: there is no teacher yet.
     """
@@ -240,21 +365,28 @@ class Teacher:
 
     def take_over(self, run, model, measured):
         run.progress.teacher = measured
+        run.progress.teacher_file = None
         self.table = teacher_table(model, run.task, run.train_set, run.device, run.dtype)
 
-    def losses(self, losses, logits, examples, task):
-        """Return the losses (B,) of the task with the teacher's part, for logits (B, K)."""
+    def losses(self, task, losses, logits, most_entropy, data, mask):
+        """Return the losses of the decisions of a batch with the teacher's part.
+
+        `losses`: what `task_loss` says. `logits` and `most_entropy`: what `decisions` returns.
+        `data`: from `collate`. `mask`: its attention mask on the device, (B, T).
+        """
         if self.table is None:
             return losses
-        taught = self.table[send(torch.from_numpy(examples), self.table.device)]
+        taught = self.table[send(data["rows"], self.table.device)]
         if task.regression:  # a squared error has no entropy by which to weigh the teacher
             return 0.5 * losses + 0.5 * task_loss(logits, taught, task.low, task.high)
+        taught, _ = decisions(task.kind, taught, mask)
         mix = self_distill if self.is_self else distill
-        return mix(losses, logits, taught)
+        decided = send(data["labels"] != IGNORED, self.table.device)
+        return mix(losses, logits, taught, most_entropy) * decided
 
 
 def teacher_table(model, task, dataset, device, dtype):
-    """Return what a teacher predicts of each example: logits (N, K), or values (N,)."""
+    """Return what a teacher predicts of a split: logits, see `predict`, or values (N,)."""
     logits = predict(model, dataset, device, dtype)
     if task.regression:
         logits = to_value(logits, task.low, task.high)
@@ -265,23 +397,10 @@ def teacher_table(model, task, dataset, device, dtype):
 # the report of a run
 
 
-def kept_weights(model):
-    """Return (non-zero weights, all weights) of the encoder's matrices: two arrays (L, 6)."""
-    matrices = encoder_matrices(model).values()
-    kept = [[int(linear.weight.count_nonzero()) for linear in peers] for peers in matrices]
-    sizes = [[linear.weight.numel() for linear in peers] for peers in matrices]
-    return np.array(kept).T, np.array(sizes).T  # (6, L) -> (L, 6)
-
-
 def warn_of_density(asked, achieved):
     """Say that a run has missed the density asked for, if it has by more than 10%."""
     if asked and abs(achieved / asked - 1) > 0.1:
         tell(f"warning: density {achieved:.4f} was achieved where {asked:g} was asked for")
-
-
-def entropy(density):
-    """Return the bits per weight that a random mask of this density needs on average."""
-    return sum(p * math.log2(1 / p) for p in (density, 1 - density) if p)
 
 
 def report(run, which, device, data_dir):
@@ -295,113 +414,168 @@ def report(run, which, device, data_dir):
         print(f"  {name:12} {100 * value:.2f}")
     kept, sizes = kept_weights(model)
     warn_of_density(s["density"], kept.sum() / sizes.sum())
-    print("density (non-zero weights over all, as saved)")
     print_densities(kept, sizes, list(model.matrices))
-    print("size")
-    print_sizes(int(kept.sum()), int(sizes.sum()), sum(p.numel() for p in model.parameters()))
+    print_sizes(model, int(kept.sum()), int(sizes.sum()))
 
 
-def print_densities(kept, sizes, letters):
-    """Print a row per layer and a row for all; a column per matrix and a column for all."""
-    print("  layer " + "".join(f"{letter:>8}" for letter in [*letters, "all"]))
-    densities = with_totals(kept) / with_totals(sizes)  # (L + 1, 7)
-    for name, row in zip([*range(len(kept)), "all"], densities):
-        print(f"  {name:>5} " + "".join(f"{density:8.4f}" for density in row))
+# -------------------------------------------------------------------------------------------------
+# files of predictions
+
+HEADER = "index\tprediction\n"
 
 
-def with_totals(table):
-    """Return a table (L, 6) with a row and a column of sums, (L + 1, 7)."""
-    table = np.vstack([table, table.sum(0)])
-    return np.column_stack([table, table.sum(1)])
-
-
-def print_sizes(kept, total, everything):
-    """Print the megabytes of the model, of its matrices, of what is kept, and of the mask."""
-    mask_mb = total / 8e6  # a bit per weight
-    print(f"  all parameters   {everything:12,}  {4 * everything / 1e6:8.2f} MB in fp32")
-    print(f"  encoder matrices {total:12,}  {4 * total / 1e6:8.2f} MB in fp32, zeros stored")
-    print(f"  kept of these    {kept:12,}  {2 * kept / 1e6:8.2f} MB in fp16, without their places")
-    shortest = f"{mask_mb * entropy(kept / total):.2f} MB at its entropy"
-    print(f"  the mask alone                 {mask_mb:8.2f} MB as bits, {shortest}")
-
-
-def spell(task, logits):
-    """Return the predictions as the task's files write them, (N,) strings."""
-    predicted = to_predictions(task, logits)
+def spell(task, predicted):
+    """Return each prediction as a string, classes as the task's files write them."""
+    if task.kind == "span":
+        return predicted
+    if task.kind == "tag":
+        return [" ".join(tags) for tags in predicted]
     if task.regression:
         return [f"{np.clip(float(x), task.low, task.high):.3f}" for x in predicted]
     return [task.spelling[i] for i in predicted]
 
 
-HEADER = "index\tprediction\n"
+def as_file(task, predicted, dataset):
+    """Return the predictions of a split as the text of a file.
+
+    classify, score: TSV with HEADER, as the GLUE leaderboard takes it.
+    span: {id: answer} in JSON, as SQuAD's official script takes it.
+    tag: lines of word, gold, predicted with an empty line after a sentence, as conlleval takes it.
+    """
+    if task.kind == "span":
+        answers = {name: text for (name, _), text in zip(dataset.gold, predicted)}
+        return json.dumps(answers, ensure_ascii=False, indent=1) + "\n"
+    if task.kind == "tag":
+        sentences = []
+        for (words, gold), tags in zip(dataset.examples, predicted):
+            sentences.append("".join(f"{' '.join(row)}\n" for row in zip(words, gold, tags)))
+        return "\n".join(sentences)
+    rows = [f"{i}\t{text}\n" for i, text in enumerate(spell(task, predicted))]
+    return HEADER + "".join(rows)
+
+
+def read_predictions(task, path, texts, gold):
+    """Return the predictions in a file that has the form of `as_file`, in the order of a split.
+
+    `texts` and `gold` are those of the split. Raises UserError where the file has another form, or
+    lacks a row or has one too many. An answer that is missing is None, as for the official script.
+    """
+    if task.kind == "span":
+        answers = read_json(path)
+        ids = dict(gold)
+        for name, answer in answers.items():
+            require(name in ids, f'{path}: "{name}" is no id of the split; remove it')
+            require(isinstance(answer, str), f'{path}: the answer of "{name}" is no string')
+        lost = [name for name in ids if name not in answers]
+        if lost:
+            tell(f"warning: {path}: no answer for {len(lost):,} ids, as {lost[0]}", sys.stderr)
+        return [answers.get(name) for name in ids]
+    data = Path(path).read_bytes()
+    if task.kind == "tag":
+        found, predicted = read_conll(task, "dev", path, data)
+    else:
+        rows = replace(task, columns=("index",), label="prediction", header=(), rows={})
+        found, predicted = read_tsv(rows, "dev", path, data)
+        texts = [str(i) for i in range(len(texts))]
+    for number, (ours, theirs) in enumerate(zip_longest(texts, found)):
+        require(ours == theirs, f"{path}: row {number}: found {theirs}, expected {ours}")
+    return predicted
+
+
+def score(path, task, split, data_dir):
+    """Print the metrics of a file of predictions, by whatever system."""
+    require(split in task.eval_splits, f"--split {split}: {task.name} has no labels for it")
+    source = locate(task, split, data_dir)
+    texts, gold = read_split(task, split, source, source.read_bytes())
+    predicted = read_predictions(task, path, texts, gold)
+    print(f"{path}: {show(measure(task, predicted, gold, task.eval_splits[split]))}")
 
 
 def write_predictions(loaded, device, data_dir, split, path, name):
-    """Write a split's predictions as the GLUE leaderboard takes them: index<TAB>prediction.
+    """Write a split's predictions; see `as_file`.
 
     `loaded`: what `load_run` returns. `name`: its task, or another one with the same labels.
     """
     model, task, tokenizer, s = loaded
     if name != task.name:
         other = get_task(name)
-        same = other.labels == task.labels and not task.regression
+        same = other.labels == task.labels and other.kind == task.kind == "classify"
         require(same, f"--task {name}: the run was trained on {task.name}, whose labels differ")
         task = other
     has = f"{task.name} has {', '.join(task.files)}"
     require(split in task.files, f"--split {split}: no such split; {has}")
     dataset = load_dataset(task, split, tokenizer, s["max_length"], data_dir)
-    texts = spell(task, predict(model.to(device), dataset, device, s["dtype"]))
-    rows = [f"{i}\t{text}\n" for i, text in enumerate(texts)]
+    logits = predict(model.to(device), dataset, device, s["dtype"])
+    predicted = to_predictions(task, logits, dataset)
     if os.path.isfile(path) and not is_stream(path):
         with open(path, "rb") as file:
             ours = file.readline() in (b"", HEADER.encode())
         require(ours, f"{path}: is there already, and holds no predictions; name another file")
-    atomic_write(path, HEADER + "".join(rows))
+    atomic_write(path, as_file(task, predicted, dataset))
     stream = sys.stderr if is_stream(path) else sys.stdout
-    tell(f"{path}: {len(texts):,} predictions of {task.name} {split}", stream)
+    tell(f"{path}: {len(predicted):,} predictions of {task.name} {split}", stream)
 
 
 def label_texts(loaded, device, path):
     """Print what a run says of texts: its prediction, the probability of each class, the text.
 
     The file is a TSV with the task's columns. "-" is standard input: each line is a text, or a
-    pair of texts with a tab between them. Empty lines are skipped.
+    pair of texts with a tab between them. Empty lines are skipped. A text of a "tag" task is a
+    sentence with spaces between its words. Only "classify" has probabilities.
     """
     model, task, tokenizer, s = loaded
-    own = replace(task, rows={}, header=task.columns, drop_broken=False)
+    own = replace(task, kind="classify", rows={}, header=task.columns, drop_broken=False)
     if path == "-":
-        texts, _ = read_tsv(own, "lines", "standard input", sys.stdin.buffer.read())
+        texts, gold = read_split(own, "lines", "standard input", sys.stdin.buffer.read())
     else:
-        texts, _ = read_tsv(own, "test", path, Path(path).read_bytes())
-    dataset = Dataset(*encode(texts, tokenizer, s["max_length"]), max_length=s["max_length"])
+        texts, gold = read_split(own, "test", path, Path(path).read_bytes())
+    rows = [[text] if isinstance(text, str) else text for text in texts]
+    if task.kind == "tag":
+        texts = [text.split() for text in texts]
+        gold = [["O"] * len(words) for words in texts]
+    elif task.kind == "span":
+        gold = [(f"on line {i}", []) for i in range(1, 1 + len(texts))]
+    arrays = tokenise(task, texts, gold, tokenizer, s["max_length"])
+    dataset = make_dataset(task, (texts, gold), arrays, s["max_length"])
     logits = predict(model.to(device), dataset, device, s["dtype"])
-    shares = logits.softmax(dim=1)[:, : len(task.labels)].numpy()  # (N, K); regression: (N, 0)
-    print("prediction", *task.spelling, *task.columns, sep="\t")
-    for said, share, text in zip(spell(task, logits), shares, texts):
-        columns = [text] if isinstance(text, str) else text
-        print(said, *[f"{p:.4f}" for p in share], *columns, sep="\t")
+    classes = task.spelling if task.kind == "classify" else ()
+    shares = logits.softmax(dim=1)[:, : len(classes)].numpy()  # (N, K), or (N, 0)
+    print("prediction", *classes, *task.columns, sep="\t")
+    said = spell(task, to_predictions(task, logits, dataset))
+    for prediction, share, columns in zip(said, shares, rows):
+        print(prediction, *[f"{p:.4f}" for p in share], *columns, sep="\t")
 
 
 @program
 def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="run folder of train.py")
+    add("runs", nargs="*", metavar="RUN", help="run folder of train.py")
     add("--best", action="store_true", help="the best checkpoint on dev, not the last step")
-    add("--predictions", metavar="FILE", help="write a split's predictions for the leaderboard")
-    add("--split", help="split to predict: dev, dev_mm, test_mm or, by default, test")
-    add("--task", help="predict another task of the same labels: ax by a run on mnli")
+    add("--predictions", metavar="FILE", help="write a split's predictions")
+    add("--score", metavar="FILE", help="metrics of predictions on --task; no RUN is needed")
+    add("--split", help="dev, dev_mm, test or test_mm; default test, of --score dev")
+    add("--task", help="task of --score; or predict another task of the same labels: ax by mnli")
+    add("--task-file", metavar="JSON", help="task of --score, if it is your own")
     add("--input", metavar="FILE", help="label your own text: a TSV, or - for standard input")
-    add("--data-dir", default="data", help="folder of the GLUE files (default: data)")
+    add("--data-dir", default="data", help="folder of the data (default: data)")
     add("--device", default="auto", choices=DEVICES)
     args = parser.parse_args(argv)
     which = "best" if args.best else "model"
-    device = pick_device(args.device)
-    both = args.predictions and args.input
-    require(not both, "--predictions and --input cannot be used together")
+    asked = [flag for flag in (args.predictions, args.input, args.score) if flag]
+    require(len(asked) < 2, "--predictions, --input and --score cannot be used together")
+    if args.score:
+        named = (args.task or args.task_file) and not args.runs
+        require(named, "--score takes --task or --task-file, and no RUN")
+        task = get_task(args.task, args.task_file)
+        score(args.score, task, args.split or "dev", args.data_dir)
+        return
+    require(args.runs, "give RUN, or --score FILE with --task")
+    require(not args.task_file, "--task-file: only with --score")
     if not args.predictions:
-        require(not (args.split or args.task), "--split and --task need --predictions")
-    if not (args.predictions or args.input):
+        require(not (args.split or args.task), "--split and --task need --predictions or --score")
+    device = pick_device(args.device)
+    if not asked:
         for run in args.runs:
             report(run, which, device, args.data_dir)
         return

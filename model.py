@@ -1,10 +1,10 @@
 """BERT by hand (Devlin et al., NAACL 2019, arXiv 1810.04805), and the device it computes on.
 
 - Every parameter has the name that Hugging Face gives it. Loading and saving need no map of names.
-- There are two output heads: the pooler with a classifier (plain fine-tuning), and the label words
-  of the frozen MLM head (SMP).
-- Both output heads read position 0 alone. The last layer therefore computes only that position,
-  which is exact. It saves 10/12 of the layer's products: K and V remain, each 1/12 of them.
+- There are two output heads: a new linear layer (plain fine-tuning), and the label words of the
+  frozen MLM head (SMP).
+- Where the task's kind reads position 0 alone, the last layer computes only that position, which is
+  exact. It saves 10/12 of the layer's products: K and V remain, each 1/12 of them.
 - Checkpoints are safetensors in Hugging Face's layout, in and out.
 
 Nothing here knows of pruning. What a pruner may ask of a model stands at the end of class `Bert`.
@@ -14,23 +14,22 @@ F feed-forward size, V vocabulary, K outputs.
 """
 
 import contextlib
-import json
+import math
 import os
-import sys
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
-from data import DEMO, UserError, atomic_write, read_json, require, sha256_of, write_json
+from data import EVERY_POSITION, IGNORED
+from tools.common import atomic_write, read_json, read_safetensors, require, sha256_of
+from tools.common import write_json
+from tools.fetch import model_files
 
 # The six matrices of a layer: the papers' letter for each, and its name in the layer.
 MATRICES = {
@@ -192,39 +191,66 @@ class MLMHead(nn.Module):
         return F.linear(hidden, embedding[ids], self.bias[ids])  # (..., C) x (C, K) -> (..., K)
 
 
-class Bert(nn.Module):
-    """The encoder with an output head. Inputs are (B, T), the result is logits (B, K) in float32.
+# The trained output head by the kind of the task: the name of its linear layer, and the class of
+# transformers that has it.
+HEADS = {
+    "classify": ("classifier", "BertForSequenceClassification"),
+    "score": ("classifier", "BertForSequenceClassification"),
+    "span": ("qa_outputs", "BertForQuestionAnswering"),
+    "tag": ("classifier", "BertForTokenClassification"),
+}
 
-    `output_head="classifier"`: the pooler and a new linear layer.
+
+class Bert(nn.Module):
+    """The encoder with an output head. Inputs are (B, T).
+
+    The result is logits in float32: (B, K) at position 0 or, for the kinds "span" and "tag",
+    (B, T, K) at every position.
+
+    `output_head="classifier"`: a new linear layer. The kinds that read position 0 have the pooler
+    before it.
     `output_head="words"` (SMP, section 3): no new weight. The logit of a class is that of its label
-    word at position 0 in the MLM head. Where a model has no MLM head, it is h_[CLS] . e(word).
+    word in the MLM head. Where a model has no MLM head, it is h . e(word).
     """
 
-    def __init__(self, config, output_head, outputs=0, words=(), pooler=True, mlm=True):
+    def __init__(
+        self, config, output_head, outputs=0, words=(), pooler=True, mlm=True, kind="classify"
+    ):
         super().__init__()
         self.config = config
         self.output_head = output_head
         self.outputs = len(words) or outputs
-        self.bert = BertModel(config, pooler or output_head == "classifier")
+        self.kind = kind
+        self.bert = BertModel(config, pooler or (output_head == "classifier" and self.first_only))
         if mlm:
             self.cls = nn.ModuleDict({"predictions": MLMHead(config)})
         if output_head == "classifier":
-            self.dropout = nn.Dropout(config.hidden_dropout_prob)
-            self.classifier = nn.Linear(config.hidden_size, outputs)
+            # transformers has no dropout before `qa_outputs`
+            self.dropout = nn.Dropout(0.0 if kind == "span" else config.hidden_dropout_prob)
+            name, _ = HEADS[kind]
+            self.add_module(name, nn.Linear(config.hidden_size, outputs))
         words = torch.tensor(words, dtype=torch.long, device="cpu")  # (K,) ids of label words
         self.register_buffer("words", words, persistent=False)
 
+    @property
+    def first_only(self):
+        return self.kind not in EVERY_POSITION
+
     def forward(self, input_ids, attention_mask, token_type_ids):
-        hidden = self.bert(input_ids, attention_mask, token_type_ids, first_only=True)  # (B, 1, C)
-        first = hidden[:, 0]  # (B, C)
+        first_only = self.first_only
+        hidden = self.bert(input_ids, attention_mask, token_type_ids, first_only)  # (B, R, C)
+        if first_only:
+            hidden = hidden[:, 0]  # (B, 1, C) -> (B, C)
         embedding = self.bert.embeddings.word_embeddings.weight  # (V, C)
         if self.output_head == "classifier":
-            pooled = torch.tanh(self.bert.pooler["dense"](first))
-            logits = self.classifier(self.dropout(pooled))  # (B, K)
+            if first_only:
+                hidden = torch.tanh(self.bert.pooler["dense"](hidden))
+            name, _ = HEADS[self.kind]
+            logits = self.get_submodule(name)(self.dropout(hidden))  # (..., C) -> (..., K)
         elif hasattr(self, "cls"):
-            logits = self.cls["predictions"](first, embedding, self.words)  # (B, K)
+            logits = self.cls["predictions"](hidden, embedding, self.words)  # (..., K)
         else:
-            logits = F.linear(first, embedding[self.words])  # (B, C) x (C, K) -> (B, K)
+            logits = F.linear(hidden, embedding[self.words])  # (..., C) x (C, K) -> (..., K)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def mlm_logits(self, input_ids, attention_mask, token_type_ids):
@@ -249,16 +275,38 @@ class Bert(nn.Module):
         return self.config.num_attention_heads
 
 
-def task_loss(logits, labels, low, high):
-    """Return the loss of each example (B,) from logits (B, K) and labels (B,).
+FORBIDDEN = -1e4  # the logit of what cannot be chosen; its probability is exactly 0
 
-    Classes (integer labels): cross-entropy.
+
+def decisions(kind, logits, attention_mask):
+    """Return the logits of decisions among C choices, (..., C), and their largest entropies.
+
+    kind              logits       decisions    choices
+    classify, score   (B, K)       (B, K)       K
+    span              (B, T, 2)    (B, 2, T)    the tokens, not the padding
+    tag               (B, T, K)    (B, T, K)    K
+
+    `attention_mask` is (B, T). The largest entropy of a decision is log(number of its choices).
+    """
+    if kind != "span":
+        return logits, math.log(logits.size(-1))
+    table = logits.transpose(1, 2)  # (B, T, 2) -> (B, 2, T)
+    table = table.masked_fill(~attention_mask[:, None], FORBIDDEN)
+    return table, attention_mask.sum(1, keepdim=True).log()  # (B, 1)
+
+
+def task_loss(logits, labels, low, high):
+    """Return the loss of each decision, shaped as `labels`, from logits (..., C); see `decisions`.
+
+    Classes (integer labels): cross-entropy; 0 where the label is IGNORED.
     A value from `low` to `high`, one output: squared error.
     A value from `low` to `high`, two outputs ("no", "yes"): cross-entropy against the soft target
     p(yes) = (value - low) / (high - low) (Gao et al. 2021, section 3.2).
     """
     if not labels.is_floating_point():
-        return F.cross_entropy(logits, labels, reduction="none")
+        flat = logits.flatten(0, -2)  # (..., C) -> (decisions, C)
+        losses = F.cross_entropy(flat, labels.flatten(), reduction="none", ignore_index=IGNORED)
+        return losses.view_as(labels)
     if logits.size(1) == 1:
         return (logits[:, 0] - labels) ** 2
     yes = (labels - low) / (high - low)
@@ -315,20 +363,6 @@ def join_processes(device_name):
     return rank, world, device
 
 
-def from_rank_0(data, rank, world):
-    """Return the bytes `data` of rank 0 on every rank, so that machines need no shared disk."""
-    if world == 1:
-        return data
-    size = torch.tensor(len(data))
-    dist.broadcast(size, 0)
-    received = torch.zeros(int(size), dtype=torch.uint8)
-    if rank == 0:
-        received = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
-    for part in received.split(1 << 28):
-        dist.broadcast(part, 0)
-    return received.numpy().tobytes()
-
-
 def pick_dtype(device):
     """Return "bf16" where the device multiplies in it, else "fp16" on GPUs and "fp32" elsewhere.
 
@@ -341,18 +375,6 @@ def pick_dtype(device):
     can = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not tell: {}
     able = can.get("avx512_bf16") or can.get("amx_bf16")
     return "bf16" if device.type == "cpu" and able else "fp32"
-
-
-def peak_memory(device):
-    """Return the bytes that tensors took at most on CUDA, and the process elsewhere; 0: unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def autocast(device, dtype):
@@ -381,77 +403,12 @@ def inputs(batch, device):
 
 
 # -------------------------------------------------------------------------------------------------
-# checkpoints: finding them
-
-
-CONVERT = (
-    "pickled .bin checkpoints are refused, because unpickling runs code; convert once, where "
-    'transformers is installed: python -c "from transformers import AutoModelForMaskedLM as M; '
-    "M.from_pretrained('{name}').save_pretrained('converted')\""
-)
-
-
-def find_model(name):
-    """Return the folder of "demo", of a folder, or of a Hugging Face id, which is downloaded.
-
-    Raises UserError where there is no such model, or no safetensors file in it.
-    """
-    if name == "demo":
-        return DEMO
-    if Path(name).is_dir():
-        return Path(name)
-    folder = from_hub(name)
-    found = list(folder.glob("*.safetensors"))
-    require(found, f"--model {name}: the hub has no model.safetensors; {CONVERT.format(name=name)}")
-    return folder
-
-
-def from_hub(name):
-    """Return the folder of a Hugging Face id in the hub's cache; download what is not there."""
-    import huggingface_hub as hub  # it is slow to import, and only needed here
-
-    wanted = ["config.json", "*.safetensors", "*.index.json", "vocab.txt", "tokenizer*.json"]
-    options = {"allow_patterns": wanted, "ignore_patterns": "*/*"}
-    try:
-        # without this question, snapshot_download would wait without end for a dead server
-        hub.model_info(name, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT)
-        return Path(hub.snapshot_download(name, **options))
-    except Exception as error:  # the hub has many: no such id, no network, gated, full disk
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    try:
-        return Path(hub.snapshot_download(name, **options, local_files_only=True))
-    except Exception:
-        raise UserError(
-            f"--model {name}: no such folder, and the Hugging Face hub did not give it ({reason}); "
-            "give a folder with config.json, model.safetensors and tokenizer.json, or `demo`"
-        ) from None
-
-
-def model_files(folder):
-    """Return the safetensors files of a checkpoint, sharded or not; UserError if there are none."""
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    if not index.exists():
-        advice = (
-            CONVERT.format(name=folder) if list(folder.glob("*.bin")) else "it is no checkpoint"
-        )
-        raise UserError(f"{folder}: no model.safetensors and no {index.name}; {advice}")
-    shards = read_json(index).get("weight_map")
-    shards = list(shards.values()) if isinstance(shards, dict) else []
-    plain = [isinstance(shard, str) and Path(shard).name == shard for shard in shards]
-    require(shards and all(plain), f"{index}: weight_map must name files of this folder")
-    return [folder / shard for shard in sorted(set(shards))]
+# checkpoints: reading them
 
 
 def model_sha256(folder):
     """Return the hex digest of a checkpoint's weights, which tells to which a mask belongs."""
     return sha256_of(*model_files(folder))
-
-
-# -------------------------------------------------------------------------------------------------
-# checkpoints: reading them
 
 
 SUPPORTED = {
@@ -486,27 +443,6 @@ def read_config(folder):
     return config
 
 
-def read_safetensors(path):
-    """Return ({name: tensor}, metadata) of a safetensors file; UserError if missing or damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            return tensors, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
-
-
-def parse_safetensors(data, path):
-    """Return ({name: tensor}, metadata) of `data`, the bytes of a checkpoint at `path`."""
-    try:
-        tensors = from_safetensors(data)
-    except SafetensorError as error:
-        lost = "the run cannot be resumed; its best model so far, if any, is in best/"
-        raise UserError(f"{path}: damaged ({error}); {lost}") from None
-    size = int.from_bytes(data[:8], "little")  # of the header
-    return tensors, json.loads(data[8 : 8 + size]).get("__metadata__", {})
-
-
 def read_checkpoint(folder):
     """Return {name: tensor} of a checkpoint in float32, under Hugging Face's names of today."""
     tensors = {}
@@ -531,13 +467,15 @@ def read_checkpoint(folder):
 
 
 # What a checkpoint may hold that the model does not have ...
-MAY_BE_EXTRA = ("bert.pooler.", "cls.predictions.", "cls.seq_relationship.", "classifier.")
+MAY_BE_EXTRA = ("bert.pooler.", "cls.", "classifier.", "qa_outputs.")
 # ... and what it may lack when the model gets a new output head.
-MAY_BE_ABSENT = ("bert.pooler.", "classifier.")
+MAY_BE_ABSENT = ("bert.pooler.", "classifier.", "qa_outputs.")
 
 
-def load_model(folder, output_head, outputs=0, words=(), seed=0, dropout=None, new_head=True):
-    """Return a `Bert` in float32 with the weights in `folder`.
+def load_model(
+    folder, output_head, outputs=0, words=(), seed=0, dropout=None, new_head=True, kind="classify"
+):
+    """Return a `Bert` in float32 with the weights in `folder`, for a task of this kind.
 
     A new output head is drawn from N(0, 0.02) with `seed`. With `new_head=False` (a finished run)
     nothing may be absent. Raises UserError that names the tensors which are missing, left over or
@@ -552,8 +490,9 @@ def load_model(folder, output_head, outputs=0, words=(), seed=0, dropout=None, n
     tensors = read_checkpoint(folder)
     mlm = output_head == "words" and holds(tensors, "cls.predictions.")
     pooler = not mlm and holds(tensors, "bert.pooler.")  # BertForMaskedLM has none
+    pooler = pooler and kind not in EVERY_POSITION
     with torch.device("meta"):  # only shapes: the values come from the file
-        model = Bert(config, output_head, outputs, words, pooler, mlm)
+        model = Bert(config, output_head, outputs, words, pooler, mlm, kind)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     check_tensors(folder, tensors, shapes, MAY_BE_ABSENT if new_head else ())
 
@@ -609,7 +548,7 @@ def save_model(folder, model, state, source, labels, kind=None):
     if kind is None:
         kind = "BertForMaskedLM" if hasattr(model, "cls") else "BertModel"
         if model.output_head == "classifier":
-            kind = "BertForSequenceClassification"
+            _, kind = HEADS[model.kind]
     config = {
         "architectures": [kind],
         "model_type": "bert",

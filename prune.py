@@ -564,30 +564,34 @@ METHODS = {
 # teachers
 
 
-def distill(task_loss, student, teacher):
-    """Return 0.5 * task + 0.5 * T^2 * KL(p_teacher || p_student) per example (B,), with T = 2.
+def distill(task_loss, student, teacher, most_entropy=None):
+    """Return 0.5 * task + 0.5 * T^2 * KL(p_teacher || p_student) of each decision, with T = 2.
 
-    `student` and `teacher` are logits (B, K). SMP's released code does this. Its paper has
-    KL(p_student || p_teacher).
+    `student` and `teacher` are logits (..., C) of decisions among C choices, and `task_loss` is
+    (...). SMP's released code does this. Its paper has KL(p_student || p_teacher). `most_entropy`
+    is for `self_distill`, which is called in the same way.
     """
-    log_student = F.log_softmax(student / 2, dim=1)
-    p_teacher = F.softmax(teacher / 2, dim=1)
-    kl = F.kl_div(log_student, p_teacher, reduction="none").sum(1)  # (B, K) -> (B,)
+    log_student = F.log_softmax(student / 2, dim=-1)
+    p_teacher = F.softmax(teacher / 2, dim=-1)
+    kl = F.kl_div(log_student, p_teacher, reduction="none").sum(-1)  # (..., C) -> (...)
     return 0.5 * task_loss + 0.5 * 2**2 * kl
 
 
-def self_distill(task_loss, student, teacher):
-    """Return PINS's self-regularised loss per example (B,), from logits (B, K).
+def self_distill(task_loss, student, teacher, most_entropy=None):
+    """Return PINS's self-regularised loss of each decision; the arguments are as in `distill`.
 
     (1 - a) * task + a * T^2 * CE(p_teacher, p_student at T), with T = 2 (PINS, released code).
     a = 1 - H(p_student) / log K is the student's own confidence, at temperature 1 and without
-    gradient.
+    gradient. K is the number of choices that a decision allows, and `most_entropy` is log K, a
+    number or one per decision; None: all C are allowed.
     """
-    p = F.softmax(student.detach(), dim=1)
-    entropy = torch.special.entr(p).sum(1)  # (B, K) -> (B,)
-    a = 1 - entropy / math.log(student.size(1))
-    p_teacher = F.softmax(teacher / 2, dim=1)
-    ce = F.cross_entropy(student / 2, p_teacher, reduction="none")
+    if most_entropy is None:
+        most_entropy = math.log(student.size(-1))
+    p = F.softmax(student.detach(), dim=-1)
+    entropy = torch.special.entr(p).sum(-1)  # (..., C) -> (...)
+    a = 1 - entropy / most_entropy
+    p_teacher = F.softmax(teacher / 2, dim=-1)
+    ce = -(p_teacher * F.log_softmax(student / 2, dim=-1)).sum(-1)
     return (1 - a) * task_loss + a * 2**2 * ce
 
 

@@ -19,56 +19,35 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program at once
     print("loading torch", file=sys.stderr)  # this takes a second or two
 
-import argparse
 import contextlib
-import inspect
+import hashlib
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import shutil
-import subprocess
-import textwrap
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import numpy as np
-import safetensors
-import tokenizers
 import torch
 import torch.distributed as dist
 from safetensors.torch import save as to_safetensors
 from torch.nn.parallel import DistributedDataParallel
 
-from data import Parser, UserError, atomic_write, batches, collate, get_task, is_rank_0, live
-from data import load_dataset, load_tokenizer, lock, micro_batches, program, read_json, require
-from data import sweep, tell, word_ids, write_json
+from data import batches, collate, get_task, load_dataset, load_tokenizer, micro_batches, word_ids
 from eval import Teacher, evaluate, load_dev, show, warn_of_density
-from model import DEVICES, autocast, find_model, from_rank_0, inputs, join_processes, load_model
-from model import model_sha256, parse_safetensors, peak_memory, pick_dtype, read_config, save_model
-from model import send, task_loss
+from model import DEVICES, autocast, decisions, inputs, join_processes, load_model, model_sha256
+from model import pick_dtype, read_config, save_model, send, task_loss
 from prune import METHODS, TIED, baked_state, n_of_m
+from tools.common import Log, UserError, as_flag, atomic_write, from_rank_0, is_rank_0, live, lock
+from tools.common import number, parse_safetensors, parse_settings, peak_memory, program, read_json
+from tools.common import require, show_settings, surroundings, sweep, tell, write_json
+from tools.fetch import find_model
 
 # -------------------------------------------------------------------------------------------------
 # settings
-
-
-def number(kind, interval):
-    """Return a parser of text: an int or float in an interval such as "(0, 1]". NaN is in none."""
-    low, high = [float(end) for end in interval[1:-1].split(",")]
-
-    def parse_number(text):
-        value = kind(text)
-        at_end = (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")
-        if not (low < value < high or at_end):
-            raise argparse.ArgumentTypeError(f"{text}: expected a number in {interval}")
-        return value
-
-    parse_number.__name__ = interval  # --help shows it
-    return parse_number
 
 
 COUNT = number(int, "[1, inf)")
@@ -91,15 +70,15 @@ class Settings:
     """
 
     model: str = "demo"  # demo, a folder in Hugging Face's layout, or a Hugging Face id
-    task: str = "demo"  # demo, cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli
+    task: str = "demo"  # demo, cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, squad, conll2003
     task_file: str = None  # your own task: a JSON file, see README
     method: tuple(METHODS) = "smp-s"  # how to prune
     density: POSITIVE_SHARE = None  # fraction kept; recipe 0.1, pins 0.2, l0 and soft none
     out: str = None  # run folder; default runs/TASK-METHOD-DENSITY-sSEED
     resume: bool = False  # continue the run in --out bit-exactly from its last checkpoint
 
-    data_dir: str = "data"  # folder of the GLUE files; what is missing is downloaded there
-    max_length: COUNT = None  # tokens an example is cut to; recipe 128 (SMP code)
+    data_dir: str = "data"  # folder of the data; what is missing is downloaded there
+    max_length: COUNT = None  # tokens of an example; recipe 128, span 384 (SMP code), tag 256
 
     epochs: COUNT = None  # passes over the training set; recipe by method and task
     max_steps: COUNT_OR_OFF = 0  # optimizer steps of the whole run in place of epochs; 0: off
@@ -123,7 +102,7 @@ class Settings:
     pins_score: PINS_SCORES = "absolute"  # PINS: rank |I| (PINS code) or I (PINS paper)
     pins_window: COUNT = 10  # PINS: steps averaged, and between rankings in the ramp (PINS code)
     beta1: BELOW_ONE = None  # PINS: decay of the average of I; recipe 0.85, sensitivity 0
-    beta2: BELOW_ONE = 0.99  # PINS: decay of the average of the uncertainty (PINS code on RTE)
+    beta2: BELOW_ONE = None  # PINS: the same of the uncertainty; recipe 0.99, span 0.95
     regression: REGRESSIONS = "interpolate"  # p(yes) against "no", or the logit of "yes" (SMP)
     teacher: str = None  # none, RUN (dense), self (own best) or self:RUN; recipe pins self
     teacher_split: number(float, "[0, 0.5]") = 0.0  # of train, to choose self; 0: on dev
@@ -134,8 +113,10 @@ class Settings:
     dtype: DTYPES = None  # autocast; recipe auto: bf16 where the device computes in it; demo fp32
 
 
-# The published recipes. A method's class names its row. FOR_TASK has what differs on a task. A
-# fraction of the run is the published number of steps over the steps of the run it is from.
+# The published recipes. RECIPES has a row for the recipe that a method's class names, "dense", and
+# rows for what differs on a kind of task, "span", for one recipe on it, "dense span", and for one
+# task, "dense mrpc". A fraction of the run is the published number of steps over the steps of the
+# run it is from.
 
 COMMON = {
     "max_length": 128,
@@ -145,9 +126,12 @@ COMMON = {
     "warmup": 0.0,
     "density": 0.1,
     "hold": 0.0,
+    "ramp": 1.0,
     "score_lr": 0.0,
     "reg_lambda": 0.0,
+    "temperature_s": 1.0,
     "beta1": 0.85,
+    "beta2": 0.99,
     "teacher": "none",
     "dtype": "auto",
 }
@@ -162,6 +146,15 @@ MOVEMENT |= {"source": "movement pruning on SQuAD"}
 # PINS on RTE: 20 epochs of 156 steps; 200 steps of warm-up, the last 1,200 settled.
 PINS = COMMON | {"epochs": 20, "batch_size": 16, "density": 0.2}
 PINS |= {"warmup": 0.064, "hold": 0.064, "ramp": 0.551, "source": "PINS on RTE"}
+# PLATON on SQuAD: 10 epochs of 5,533 steps; 5,400 of warm-up, the last 27,000 settled.
+PINS_SPAN = {"epochs": 10, "density": 0.1, "warmup": 0.0976, "hold": 0.0976, "ramp": 0.414}
+PINS_SPAN |= {"beta2": 0.95, "source": "PLATON on SQuAD; PINS has published none"}
+
+LARGE = {"epochs": 12, "batch_size": 64}
+SMALL = {"epochs": 5, "source": "Devlin et al. 2019; epochs of transformers' GLUE examples"}
+# The demo has short sentences, and a model pretrained without dropout, too small to gain by bf16.
+DEMO = {"max_length": 32, "dropout": 0.0, "dtype": "fp32", "lr": 5e-4, "source": "the demo"}
+DEMO_PRUNED = DEMO | {"epochs": 10, "batch_size": 64}
 
 RECIPES = {
     "dense": DENSE,
@@ -174,18 +167,42 @@ RECIPES = {
     "platon": PINS,
     "sensitivity": PINS | {"beta1": 0.0},
 }
-
-LARGE = dict.fromkeys(("mnli", "qnli", "qqp", "sst2"), {"epochs": 12, "batch_size": 64})
-SMALL = {"epochs": 5, "source": "Devlin et al. 2019; epochs of transformers' GLUE examples"}
-SMALL = dict.fromkeys(("mrpc", "rte", "wnli"), SMALL)
-# The demo has short sentences, and a model pretrained without dropout, too small to gain by bf16.
-DEMO = {"max_length": 32, "dropout": 0.0, "dtype": "fp32", "lr": 5e-4, "source": "the demo"}
-DEMO_PRUNED = DEMO | {"epochs": 10, "batch_size": 64}
-
-FOR_TASK = {
-    "dense": SMALL | {"demo": DEMO},
-    "smp": LARGE
-    | {"rte": {"epochs": 100}, "demo": DEMO_PRUNED | {"lr": 3e-5, "reg_lambda": 200.0}},
+RECIPES |= {f"{name} demo": DEMO_PRUNED for name in RECIPES}
+RECIPES |= {
+    "span": {"max_length": 384},
+    "tag": {"max_length": 256},
+    "dense span": {"lr": 5e-5, "source": "Devlin et al. 2019, 4.2"},
+    "dense tag": {"lr": 5e-5, "batch_size": 8, "source": "transformers' example run_ner"},
+    "dense mrpc": SMALL,
+    "dense rte": SMALL,
+    "dense wnli": SMALL,
+    "dense demo": DEMO,
+    "smp span": {"epochs": 10, "source": "SMP on SQuAD, released run script"},
+    "smp tag": {"epochs": 20, "source": "our choice; SMP has no tagging"},
+    "smp mnli": LARGE,
+    "smp qnli": LARGE,
+    "smp qqp": LARGE,
+    "smp sst2": LARGE,
+    "smp rte": {"epochs": 100},
+    "smp demo": DEMO_PRUNED | {"lr": 3e-5, "reg_lambda": 200.0},
+    "pins span": PINS_SPAN,
+    "platon span": PINS_SPAN,
+    "sensitivity span": PINS_SPAN,
+}
+# What differs up to a density (SMP, released code). N / T on MNLI: 43,632, 5,250 and 3,500 of
+# 73,632 steps; on SQuAD 22,650 of 55,340, then 22,670 and 5,000 of 27,670.
+UP_TO_DENSITY = {
+    "smp": ((0.5, {"ramp": 0.593}), (0.7, {"ramp": 0.071}), (1.0, {"ramp": 0.048})),
+    "smp span": (
+        (0.03, {"ramp": 0.409, "epochs": 20}),
+        (0.5, {"ramp": 0.819}),
+        (1.0, {"ramp": 0.181}),
+    ),
+}
+# ... and at density 0.5 without a teacher
+HALF_UNTAUGHT = {
+    "smp mnli": {"temperature_s": 3.0},
+    "smp span": {"temperature_s": 4.0, "ramp": 0.181},
 }
 
 
@@ -195,36 +212,27 @@ def recipe(s):
     Its "source" says where they are from.
     """
     name = METHODS[s.method].recipe
-    values = RECIPES[name] | FOR_TASK.get(name, {"demo": DEMO_PRUNED}).get(s.task, {})
+    kind = get_task(s.task, s.task_file).kind
+    rows = (name, kind, f"{name} {kind}", f"{name} {s.task}")
+    values = {}
+    for row in rows:
+        values |= RECIPES.get(row, {})
     density = s.density or values["density"] or 1.0
-    # N / T on MNLI: 43,632, 5,250 and 3,500 of 73,632 steps (SMP, released code)
-    ramp = 0.593 if density <= 0.5 else 0.071 if density <= 0.7 else 0.048
-    # p is 3 for MNLI at density 0.5 without a teacher (SMP, released code)
-    temperature = 4.0 if density >= 0.7 else 1.0
-    if s.task == "mnli" and density == 0.5 and s.teacher in (None, "none"):
-        temperature = 3.0
-    return {"ramp": ramp, "temperature_s": temperature} | values  # a row may have its own ramp
-
-
-def as_flag(name):
-    return "--" + name.replace("_", "-")
+    if density >= 0.7:
+        values["temperature_s"] = 4.0  # p (SMP, released code)
+    for most, more in UP_TO_DENSITY.get(rows[2], UP_TO_DENSITY.get(name, ())):
+        if density <= most:
+            values |= more
+            break
+    if density == 0.5 and s.teacher in (None, "none"):
+        for row in rows:
+            values |= HALF_UNTAUGHT.get(row, {})
+    return values
 
 
 def parse(argv):
     """Return {setting: value} of the flags given; UserError for an unknown one."""
-    parser = Parser(__doc__)
-    help_of = dict(re.findall(r"(\w+): .+  # (.+)", inspect.getsource(Settings)))
-    for f in fields(Settings):
-        options = {"type": f.type, "metavar": getattr(f.type, "__name__", None)}
-        if f.type is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(f.type, tuple):
-            options = {"choices": f.type}
-        text = f"{help_of[f.name]} (default: {f.default})".replace("%", "%%")
-        parser.add_argument(as_flag(f.name), default=argparse.SUPPRESS, help=text, **options)
-    text = "print the settings and stop"
-    parser.add_argument("--dry-run", action="store_true", default=argparse.SUPPRESS, help=text)
-    return vars(parser.parse_args(argv))
+    return parse_settings(Settings, __doc__, argv)
 
 
 def settings_from(given):
@@ -268,25 +276,6 @@ def check_pattern(s):
     s.density = n / m
 
 
-def show_settings(s, given, source):
-    """Print the settings that differ from the defaults, as flags; `source` is that of the others.
-
-    What the source switches off (0, none) is left out.
-    """
-    flags = []
-    for f in fields(s):
-        value = getattr(s, f.name)
-        if value == f.default or (f.name not in given and value in (0, "none")):
-            continue
-        flag = as_flag(f.name)
-        if f.type is bool:
-            flags.append(flag if value else "--no-" + f.name)
-        else:
-            flags.append(f"{flag} {shlex.quote(str(value))}")
-    text = f"settings: {' '.join(flags)} (what was not given is from {source})"
-    tell(textwrap.fill(text, 79, break_on_hyphens=False, break_long_words=False))
-
-
 def default_out(s):
     kept = f"lambda{s.reg_lambda:g}" if s.density is None else f"{s.density:g}"
     if s.pattern != "weight":
@@ -306,6 +295,7 @@ class Progress:
     metrics: dict = None  # of the last evaluation
     best: dict = None  # metrics and step of the best evaluation at the final density
     teacher: float = None  # the metric of the present teacher, which a new one must exceed
+    teacher_file: str = None  # the file of its table; None: not written yet
     seconds: float = 0.0  # in all
     eval_seconds: float = 0.0  # of these, in evaluations
     loss_sum: float = 0.0  # since the last log line
@@ -389,11 +379,15 @@ class Run:
         if head == "words":
             by_logit = self.task.regression and s.regression == "logit"
             label_words = self.task.words[1:] if by_logit else self.task.words
+            given = f'give "words" in the task file; {s.method} needs one for each label'
+            require(label_words, f"task {self.task.name} has no label words: {given}")
             self.words = word_ids(self.tokenizer, label_words)
         outputs = len(self.task.labels) or 1
-        self.model = load_model(self.source, head, outputs, self.words, s.seed, s.dropout)
+        self.model = load_model(
+            self.source, head, outputs, self.words, s.seed, s.dropout, kind=self.task.kind
+        )
         if head == "words" and not hasattr(self.model, "cls"):
-            tell(f"{s.model} has no MLM head: the logit of a class is h_[CLS] . e(word)")
+            tell(f"{s.model} has no MLM head: the logit of a class is h . e(word)")
 
     def prepare_data(self, s):
         """Load the splits and count the steps."""
@@ -470,16 +464,21 @@ def loop(run, stop):
         torch.manual_seed((s.seed * 1_000_003 + step) * 1024 + run.rank)
 
         # forward and backward, one micro-batch after another
-        parts = micro_batches(order[place], run.rank, run.world, s.grad_accum)
+        batch = order[place]
+        count = run.train_set.decisions[batch].sum()
+        parts = micro_batches(batch, count, run.rank, run.world, s.grad_accum)
         for i, (part, factor) in enumerate(parts):
             data = collate(run.train_set, part)
+            on_device = inputs(data, run.device)
             labels = send(data["labels"], run.device)
             waits = run.world > 1 and i < len(parts) - 1  # to send all gradients at once
             with run.net.no_sync() if waits else contextlib.nullcontext():
                 with autocast(run.device, run.dtype):
-                    logits = run.net(**inputs(data, run.device))  # (B, K)
-                losses = task_loss(logits, labels, task.low, task.high)  # (B,)
-                losses = run.teacher.losses(losses, logits, part, task)
+                    logits = run.net(**on_device)  # (B, K) or (B, T, K)
+                mask = on_device["attention_mask"]
+                logits, most_entropy = decisions(task.kind, logits, mask)  # (..., C)
+                losses = task_loss(logits, labels, task.low, task.high)  # one per decision
+                losses = run.teacher.losses(task, losses, logits, most_entropy, data, mask)
                 loss = losses.sum() * factor  # their sum over micro-batches is the batch's mean
                 scaler.scale(loss).backward()
             run.loss_sum += loss.detach() / run.world
@@ -643,17 +642,16 @@ def clear_demo(out, log):
 def remembered(run):
     """Return {name: tensor} of what checkpoint.safetensors holds besides `Progress`.
 
+    The teacher's table has a file of its own, because it is large and seldom changes.
+
     NAME               what is trained, under the model's names
     method.NAME        what the method remembers, see `Dense.state`
     optimizer.I.KEY    what AdamW remembers of parameter I
-    teacher            the teacher's table, where there is one
     """
     tensors = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
     tensors |= {f"method.{name}": tensor for name, tensor in run.method.state().items()}
     for i, state in run.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{key}": tensor for key, tensor in state.items()}
-    if run.teacher.table is not None:
-        tensors["teacher"] = run.teacher.table
     return tensors
 
 
@@ -665,9 +663,37 @@ def save_checkpoint(run, step):
     run.progress.seconds = time.perf_counter() - run.started
     run.progress.loss_sum = float(loss_sum)
     run.progress.scaler = run.scaler.state_dict()
-    if run.rank == 0:
-        progress = json.dumps(asdict(run.progress))
-        save_tensors(run.out / "checkpoint.safetensors", remembered(run), progress=progress)
+    if run.rank > 0:
+        return
+    save_teacher(run)
+    progress = json.dumps(asdict(run.progress))
+    save_tensors(run.out / "checkpoint.safetensors", remembered(run), progress=progress)
+    for path in run.out.glob("teacher-*.safetensors"):
+        if path.name != run.progress.teacher_file:
+            path.unlink()  # of the checkpoint before
+
+
+def save_teacher(run):
+    """Write a new teacher's table to a file whose name has its hash; the checkpoint names it."""
+    if run.teacher.table is None or run.progress.teacher_file:
+        return
+    data = to_safetensors({"teacher": run.teacher.table.cpu()})
+    run.progress.teacher_file = f"teacher-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
+    atomic_write(run.out / run.progress.teacher_file, data)
+
+
+def load_teacher(run):
+    """Read the table that the checkpoint names. Raises UserError where it is missing or another."""
+    name = run.progress.teacher_file
+    if name is None:
+        return
+    path = run.out / name
+    data = path.read_bytes() if run.rank == 0 and path.exists() else b""
+    data = from_rank_0(data, run.rank, run.world)
+    same = hashlib.sha256(data).hexdigest()[:16] in name
+    require(same, f"{path}: missing or damaged; the run cannot be resumed without its teacher")
+    tensors, _ = parse_safetensors(data, path)
+    run.teacher.table = tensors["teacher"].to(run.device)
 
 
 def load_checkpoint(run, data, path):
@@ -682,8 +708,6 @@ def load_checkpoint(run, data, path):
             _, i, key = name.split(".")
             optimizer["state"].setdefault(int(i), {})[key] = tensor
     run.optimizer.load_state_dict(optimizer)
-    if "teacher" in tensors:
-        run.teacher.table = tensors["teacher"].to(run.device)
     ours = remembered(run)
     same = ours.keys() == tensors.keys() and "progress" in header
     require(same, f"{path}: of another model or method; start anew in another --out")
@@ -692,6 +716,7 @@ def load_checkpoint(run, data, path):
             tensor.copy_(tensors[name])
     run.progress = Progress(**json.loads(header["progress"]))
     run.scaler.load_state_dict(run.progress.scaler)
+    load_teacher(run)
 
 
 def save_tensors(path, tensors, **header):
@@ -699,57 +724,20 @@ def save_tensors(path, tensors, **header):
     atomic_write(path, to_safetensors(tensors, header))
 
 
-@dataclass
-class Log:
-    """metrics.jsonl. Only rank 0 writes it."""
-
-    path: Path
-    rank: int
-
-    def row(self, **values):
-        if self.rank == 0:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(values) + "\n")
-
-    def cut(self, step):
-        """Drop the rows after `step` and a torn last one, which a resumed run writes again."""
-        if self.rank > 0:
-            return
-        size = 0
-        with open(self.path, "rb+") as file:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # at a torn line
-                for line in file.readlines():
-                    if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                        break
-                    size += len(line)
-            file.truncate(size)  # in place, because the file is locked
-
-
 def describe(run):
     """Return what config.json of a run folder holds."""
-    versions = {m.__name__: m.__version__ for m in (torch, np, tokenizers, safetensors)}
     return {
         "settings": asdict(run.settings),
         "labels": list(run.task.labels),
         "outputs": run.model.outputs,
         "words": run.words,
         "command": run.command,
-        "git_commit": git_commit(),
         "model_sha256": model_sha256(run.source),
         "dtype": run.dtype,
         "device": str(run.device),
         "world_size": run.world,
-        "threads": torch.get_num_threads(),
-        "versions": versions | {"python": platform.python_version()},
-        "platform": platform.platform(),
+        **surroundings(),
     }
-
-
-def git_commit():
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # there is no git, or it hangs
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5)
-        return done.stdout.strip() or None
 
 
 def finish(run):

@@ -74,6 +74,56 @@ def tiny(tmp_path_factory):
     return flags
 
 
+def squad_file(count, rng):
+    """Questions in the form of SQuAD: w70 to w80 are an answer, after the word of the question."""
+    paragraphs = []
+    for number in range(count):
+        words = [f"w{i}" for i in rng.permutation(60)[: rng.integers(8, 41)]]
+        place = rng.integers(len(words) - 3)
+        answer = [f"w{i}" for i in rng.integers(70, 81, size=rng.integers(1, 3))]
+        words[place + 1 : place + 1 + len(answer)] = answer
+        answer = " ".join(answer)
+        start = len(" ".join(words[: place + 1])) + 1
+        answers = [{"text": answer, "answer_start": start}, {"text": "w61", "answer_start": 0}]
+        question = {"id": f"q{number}", "question": f" {words[place]} w62", "answers": answers}
+        paragraphs.append({"context": " ".join(words), "qas": [question]})
+    return json.dumps({"version": "1.1", "data": [{"title": "t", "paragraphs": paragraphs}]})
+
+
+def conll_file(count, rng, scheme):
+    """Sentences in the form of CoNLL-2003; w0 to w9 are persons, w10 to w19 are places."""
+    lines = ["-DOCSTART- -X- O O", ""]
+    for _ in range(count):
+        before = "O"
+        for i in rng.integers(40, size=rng.integers(1, 12)):
+            kind = {0: "PER", 1: "LOC"}.get(i // 10)
+            goes_on = before == kind
+            starts = "I" if scheme == "IOB1" else "B"
+            tag = f"{'I' if goes_on else starts}-{kind}" if kind else "O"
+            lines.append(f"w{i} X X {tag}")
+            before = kind
+        lines.append("")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="session")
+def kinds(tmp_path_factory):
+    """Task files {kind: path} of a task of each kind that reads every position."""
+    folder = tmp_path_factory.mktemp("kinds")
+    rng = np.random.default_rng(1)
+    (folder / "train.json").write_text(squad_file(90, rng))
+    (folder / "dev.json").write_text(squad_file(30, rng))
+    (folder / "train.txt").write_text(conll_file(150, rng, "IOB1"))
+    (folder / "dev.txt").write_text(conll_file(50, rng, "BIO2"))
+    span = {"name": "spans", "kind": "span", "train": "train.json", "dev": "dev.json"}
+    span |= {"words": ["yes", "no"], "metric": ["f1", "em"]}
+    tag = {"name": "tags", "kind": "tag", "train": "train.txt", "dev": "dev.txt"}
+    tag |= {"words": ["no", "w1", "w2", "w3", "w4"], "metric": ["entity_f1", "entity_recall"]}
+    (folder / "span.json").write_text(json.dumps(span))
+    (folder / "tag.json").write_text(json.dumps(tag))
+    return {kind: str(folder / f"{kind}.json") for kind in ("span", "tag")}
+
+
 def pytest_collection_modifyitems(items):
     """Put the tests last that wait for the demo."""
     items.sort(key=lambda item: "default_command" in item.fixturenames)

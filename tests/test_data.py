@@ -40,6 +40,7 @@ from data import (
     load_tokenizer,
     word_ids,
 )
+from tools import common, fetch
 
 GLUE_DIR = os.environ.get("GLUE_DIR")
 BERT_DIR = os.environ.get("BERT_DIR")
@@ -277,7 +278,7 @@ def test_zip_without_a_file_and_not_a_zip(tmp_path):
     wrong = b"not a zip"
     archive.write_bytes(wrong)
     with pytest.raises(UserError, match="Toy.zip: not a usable zip"):
-        data.unpack(archive, tmp_path, [])
+        fetch.unpack(archive, tmp_path, [])
     message = "Toy.zip: not the official file: 9 bytes, sha256 .* expected .*remove it"
     with pytest.raises(UserError, match=message):
         data.prepare(task, tmp_path)
@@ -341,11 +342,11 @@ def test_atomic_write(tmp_path, monkeypatch):
         raise Failed
 
     path = tmp_path / "new" / "file"
-    data.atomic_write(path, b"older")
-    data.atomic_write(path, "old")
+    common.atomic_write(path, b"older")
+    common.atomic_write(path, "old")
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(Failed):
-        data.atomic_write(path, "half")
+        common.atomic_write(path, "half")
     assert path.read_text() == "old"
     assert list(tree(path.parent)) == ["file"]
 
@@ -360,12 +361,12 @@ def test_two_writers_of_one_file(tmp_path, monkeypatch):
 
     def second_writer(file):
         monkeypatch.setattr(os, "fsync", flush)
-        data.atomic_write(path, "second")
+        common.atomic_write(path, "second")
         assert path.read_text() == "second"
         flush(file)
 
     monkeypatch.setattr(os, "fsync", second_writer)
-    data.atomic_write(path, "first")
+    common.atomic_write(path, "first")
     assert path.read_text() == "first"
     assert list(tree(tmp_path)) == ["file"]
 
@@ -379,7 +380,7 @@ def read(content, split="train", **changes):
     task = replace(toy(TRAIN)[0], rows={}, **changes)
     if isinstance(content, str):
         content = content.encode()
-    return data.read_tsv(task, split, "FILE", content)
+    return data.read_split(task, split, "FILE", content)
 
 
 def test_text_is_read_as_it_stands():
@@ -406,11 +407,11 @@ def test_cola_has_no_header_except_in_test():
     """The first line of CoLA's labelled files is an example, that of its test file a header."""
     cola = replace(get_task("cola"), rows={})
     content = b"gj04\t1\t\tThe cat.\ngj04\t0\t*\tCat the.\n"
-    texts, labels = data.read_tsv(cola, "train", "", content)
+    texts, labels = data.read_split(cola, "train", "", content)
     assert texts == ["The cat.", "Cat the."]
     assert labels.tolist() == [1, 0]
     content = b"index\tsentence\n0\tThe cat.\n"
-    assert data.read_tsv(cola, "test", "", content)[0] == ["The cat."]
+    assert data.read_split(cola, "test", "", content)[0] == ["The cat."]
 
 
 def test_qqp_drops_broken_rows_others_refuse_them():
@@ -418,13 +419,13 @@ def test_qqp_drops_broken_rows_others_refuse_them():
     qqp = replace(get_task("qqp"), rows={"train": 1})
     header = b"id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
     content = header + b"1\t2\t3\ta\tb\t1\n4\t5\t6\ta\n"
-    assert data.read_tsv(qqp, "train", "", content)[0] == [("a", "b")]
+    assert data.read_split(qqp, "train", "", content)[0] == [("a", "b")]
     strict = replace(qqp, drop_broken=False)
     with pytest.raises(UserError, match='^F:3: 4 columns, expected 6: "question2" is missing$'):
-        data.read_tsv(strict, "train", "F", content)
+        data.read_split(strict, "train", "F", content)
 
 
-REGRESSION = {"labels": ()}
+REGRESSION = {"labels": (), "kind": "score"}
 
 
 @pytest.mark.parametrize(
@@ -593,7 +594,8 @@ def test_pairs_and_truncation(tokenizer):
     rng = np.random.default_rng(0)
     counts = [rng.integers(1, 30, 2).tolist() for _ in range(200)]  # words of a and b
     texts = [(" ".join(["cat"] * a), " ".join(["cat"] * b)) for a, b in counts]
-    ids, starts, second = data.encode(texts, tokenizer, 24)
+    ids, lengths, second = data.encode(texts, tokenizer, 24).values()
+    starts = np.append(0, lengths.cumsum())
     cls, sep, cat = (VOCAB.index(token) for token in ("[CLS]", "[SEP]", "cat"))
     for i, (a, b) in enumerate(counts):
         row = ids[starts[i] : starts[i + 1]].tolist()
@@ -607,12 +609,12 @@ def test_pairs_and_truncation(tokenizer):
         a_cut = rest == b and b < first
         assert whole or both_cut or b_cut or a_cut
     assert tokenizer.truncation is None
-    ids, starts, second = data.encode(["cat " * 50, "", "dog"], tokenizer, 8)
-    assert np.diff(starts).tolist() == [8, 2, 3]
-    assert np.array_equal(second, np.diff(starts))
+    ids, lengths, second = data.encode(["cat " * 50, "", "dog"], tokenizer, 8).values()
+    assert lengths.tolist() == [8, 2, 3]
+    assert np.array_equal(second, lengths)
     assert ids.dtype == np.int32
     assert second.dtype == np.int32
-    assert starts.dtype == np.int64
+    assert lengths.dtype == np.int64
 
 
 def test_cache(tokenizer, tmp_path, monkeypatch):
@@ -636,7 +638,7 @@ def test_cache(tokenizer, tmp_path, monkeypatch):
         """Load the split, after which there were `count` calls; is it the first one?"""
         dataset = load_dataset(task, "train", tokenizer, max_length, tmp_path)
         assert len(calls) == count
-        for name in ("ids", "starts", "second", "labels"):
+        for name in ("ids", "lengths", "second", "labels"):
             ours = getattr(dataset, name)
             theirs = getattr(first, name)
             if not np.array_equal(ours, theirs) or ours.dtype != theirs.dtype:
@@ -752,7 +754,7 @@ def test_collate():
     second = np.array([rng.integers(2, n + 1) for n in lengths], np.int32)
     ids = rng.integers(1, 99, starts[-1]).astype(np.int32)
     labels = rng.integers(0, 2, 50)
-    dataset = Dataset(ids, starts, second, labels, 36)
+    dataset = Dataset(ids, lengths, second, labels, 36)
     for indices in ([4, 2, 2, 9], list(range(50)), [int(lengths.argmin())], [49]):
         batch = collate(dataset, np.array(indices), pad_id=7)
         width = batch["input_ids"].shape[1]
@@ -787,7 +789,8 @@ def test_the_table():
         assert task.name == name
         assert task.files.keys() == task.rows.keys()
         assert len(task.words) == (len(task.labels) or 2)
-        assert len(task.spelling) == len(task.labels)
+        if task.kind == "classify":
+            assert len(task.spelling) == len(task.labels)
         assert task.regression == (name == "stsb")
         for _, sha256 in task.sources:
             assert len(sha256) == 64
@@ -797,7 +800,7 @@ def test_the_table():
     with pytest.raises(UserError, match=message):
         get_task("nope")
     with pytest.raises(UserError, match='ax has no "train" split but test'):
-        data.locate(get_task("ax"), "train", ".")
+        fetch.locate(get_task("ax"), "train", ".")
 
 
 OWN = {
@@ -853,8 +856,8 @@ THREE = {"labels": ["a", "b", "c"], "words": ["a", "b", "c"]}
     [
         ({"lables": []}, 'unknown key "lables"; the keys are name'),
         ({"dev": None}, '"dev": '),
-        ({"train": 3}, '"train": expected a string that is not empty'),
-        ({"range": [0, 1]}, 'either "labels" or'),
+        ({"train": 3}, '"train": expected a string, not empty'),
+        ({"range": [0, 1]}, 'unknown key "labels"; the keys are .*range'),
         ({"words": ["no"]}, '"words": expected 2 different'),
         ({"labels": ["a", "a"]}, '"labels": '),
         ({"columns": []}, '"columns": expected 1 to 2'),

@@ -18,7 +18,7 @@ from test_errors import contents, edit_json, refused
 import data
 import eval as evaluation
 import train
-from tools import deploy, report
+from tools import common, deploy, fetch, report, sizes
 from tools import masks as mask_files
 
 ROOT = Path(train.__file__).parent
@@ -136,17 +136,17 @@ def test_temporary_files_of_killed_processes_go(tiny, run):
         path.write_bytes(b"half")
         os.utime(path, (time.time() - 60,) * 2)
     with open(alive, "ab") as file:
-        assert data.lock(file) == "ours"
+        assert common.lock(file) == "ours"
         assert train.main(["--out", str(run), "--resume"]) == 0
     assert not any(path.exists() for path in dead)
     assert alive.exists()
-    data.atomic_write(run / "result.json", "{}")  # elsewhere, the next writer of the file does it
+    common.atomic_write(run / "result.json", "{}")  # elsewhere, the next writer of the file does it
     assert not alive.exists()
 
 
 def test_a_temporary_file_that_is_gone_does_not_come_back(tmp_path):
     """Between the search for temporary files and the look at one its writer may have renamed it."""
-    data.sweep([tmp_path / ".file.0a1b2c3d.tmp"])
+    common.sweep([tmp_path / ".file.0a1b2c3d.tmp"])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -172,8 +172,8 @@ def test_git_that_hangs_does_not_stop_a_run(monkeypatch):
     def hang(command, timeout, **options):
         raise subprocess.TimeoutExpired(command, timeout)
 
-    monkeypatch.setattr(train.subprocess, "run", hang)
-    assert train.git_commit() is None
+    monkeypatch.setattr(common.subprocess, "run", hang)
+    assert common.git_commit() is None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -299,8 +299,8 @@ def test_a_data_folder_is_not_created(made, tmp_path, monkeypatch, capsys):
     assert evaluation.main([str(made / "dense"), "--data-dir", str(typo)]) == 0
     assert report.main([str(made / "smp-s"), "--density", "0.5", "--data-dir", str(typo)]) == 0
     monkeypatch.setenv("GLUE_URL", "http://127.0.0.1:9")
-    with pytest.raises(data.UserError, match=f"--data-dir {typo}: no such folder"):
-        data.locate(data.get_task("cola"), "dev", typo)
+    with pytest.raises(common.UserError, match=f"--data-dir {typo}: no such folder"):
+        fetch.locate(data.get_task("cola"), "dev", typo)
     assert not typo.exists()
 
 
@@ -731,5 +731,5 @@ def test_a_lost_checkpoint_says_what_is_left(run, capsys):
 
 def test_no_size_below_zero(made, capsys):
     """The entropy of a mask that keeps everything is 0, and not -0."""
-    assert str(evaluation.entropy(1.0)) == "0.0"
-    assert str(evaluation.entropy(0.0)) == "0.0"
+    assert str(sizes.entropy(1.0)) == "0.0"
+    assert str(sizes.entropy(0.0)) == "0.0"

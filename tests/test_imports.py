@@ -1,4 +1,4 @@
-"""Imports run one way: data, then model and prune, then eval, then train, then tools."""
+"""Imports run one way: tools/common, data, then model and prune, eval, train, the other tools."""
 
 import ast
 from pathlib import Path
@@ -6,17 +6,22 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 # What each file may import of ours. prune.py knows none of the others.
+BASE = {"tools.common", "tools.fetch"}
+ALL = {"data", "model", "prune", "eval", "train", "tools.sizes", *BASE}
 MAY_IMPORT = {
-    "data": set(),
-    "model": {"data"},
-    "prune": set(),
-    "eval": {"data", "model", "prune"},
-    "train": {"data", "model", "prune", "eval"},
+    "tools/common": set(),
+    "tools/fetch": {"tools.common"},
+    "tools/sizes": {"prune"},
     "tools/timing": set(),
-    "tools/report": {"data", "model", "prune", "eval"},
-    "tools/masks": {"data", "model", "prune", "eval", "train"},
-    "tools/deploy": {"data", "model", "prune", "eval", "train", "tools.timing", "tools.masks"},
-    "tools/bench": {"data", "model", "prune", "eval", "train", "tools.timing", "tools.deploy"},
+    "data": BASE,
+    "model": {"data", *BASE},
+    "prune": set(),
+    "eval": {"data", "model", "prune", "tools.sizes", *BASE},
+    "train": {"data", "model", "prune", "eval", *BASE},
+    "tools/report": ALL - {"train"},
+    "tools/masks": ALL,
+    "tools/deploy": {"tools.timing", "tools.masks", *ALL},
+    "tools/bench": {"tools.timing", "tools.deploy", *ALL},
 }
 
 

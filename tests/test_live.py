@@ -19,7 +19,7 @@ from test_errors import refused
 import data
 import eval as evaluation
 import train
-from tools import deploy, report
+from tools import common, deploy, fetch, report
 
 ROOT = Path(train.__file__).parent
 
@@ -73,7 +73,7 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch, capsys):
     Work that is over sooner shows nothing.
     """
     now = [100.0]
-    bar = data.live("work", 60)
+    bar = common.live("work", 60)
     bar._time = lambda: now[0]
     bar.start_t = bar.last_print_t = now[0]
     for _ in range(60):
@@ -83,18 +83,18 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3  # in 102 seconds
     assert all(re.fullmatch(r"work: +\d+%\|.*\| \d+/60 \[\d\d:\d\d<\d\d:\d\d\]", x) for x in lines)
-    with data.live("quick", 3) as bar:
+    with common.live("quick", 3) as bar:
         bar.update(3)
     assert capsys.readouterr().err == ""
 
 
 def test_only_rank_0_shows_it(monkeypatch):
     monkeypatch.setenv("RANK", "1")  # it means nothing without a WORLD_SIZE
-    assert not data.live("work", 3).disable
+    assert not common.live("work", 3).disable
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert data.live("work", 3).disable
+    assert common.live("work", 3).disable
     monkeypatch.setenv("RANK", "0")
-    assert not data.live("work", 3).disable
+    assert not common.live("work", 3).disable
 
 
 def test_every_long_work_is_shown(tiny, tmp_path, monkeypatch):
@@ -105,7 +105,7 @@ def test_every_long_work_is_shown(tiny, tmp_path, monkeypatch):
     shown = []
 
     def noted(what, total, **options):
-        bar = data.tqdm(total=total, file=io.StringIO(), **options)
+        bar = common.tqdm(total=total, file=io.StringIO(), **options)
         shown.append((what, bar))
         return bar
 
@@ -160,9 +160,9 @@ def test_a_download_counts_what_has_arrived(tmp_path, monkeypatch):
     server = HTTPServer(("127.0.0.1", 0), Drip)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("GLUE_URL", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(data, "live", Bar)
+    monkeypatch.setattr(fetch, "live", Bar)
     sha256 = data.hashlib.sha256(bytes(3000)).hexdigest()
-    data.download(("a/file", sha256), tmp_path / "file")
+    fetch.download(("a/file", sha256), tmp_path / "file")
     server.shutdown()
     server.server_close()
     assert sum(counts) == 3000

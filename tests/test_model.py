@@ -600,7 +600,7 @@ REPOS = {
 # huggingface_hub reads its settings when it is imported, so another process has to import it.
 ASK = """
 import json, sys
-from model import UserError, find_model
+from tools.fetch import UserError, find_model
 for name in sys.stdin:
     try:
         print(json.dumps([str(find_model(name.strip())), None]), flush=True)

@@ -258,12 +258,14 @@ SAME = {
     "pins": {"method": "pins", "teacher": "none"},
     "self-teacher": {"method": "pins", "teacher": "self", "eval_every": 1, "lr": 3e-4, "seed": 1},
     "teacher": {"method": "smp-s", "teacher": "{dense}"},
+    "span": {"method": "pins", "teacher": "self", "eval_every": 4, "task_file": "{span}"},
+    "tag": {"method": "smp-s", "teacher": "self", "eval_every": 4, "task_file": "{tag}"},
     "one-example": {"method": "dense", "batch_size": 101, "max_steps": 3},
 }
 
 
 @pytest.fixture(scope="module")
-def both(tiny, tmp_path_factory):
+def both(tiny, kinds, tmp_path_factory):
     """A folder with each run of SAME by one process, 1/NAME, and by two, 2/NAME; and the notes.
 
     The notes are those of rank 0 and of rank 1 of two processes, {name: note}.
@@ -276,6 +278,8 @@ def both(tiny, tmp_path_factory):
             options |= changes
             if name == "teacher":
                 options["teacher"] = folder / "1" / "dense"
+            if name in kinds:
+                options["task_file"] = kinds[name]
             flags = flags_of(**options, out=folder / str(world) / name)
             plan.append({"flags": [*tiny, *flags]})
     alone = make(plans[1])

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import eval as evaluation
@@ -20,7 +21,7 @@ import prune
 import train
 from data import batches, collate, load_dataset, word_ids
 from model import inputs, load_model, pick_dtype, read_checkpoint
-from tools import report
+from tools import report, sizes
 from train import lr_at
 
 ROOT = Path(train.__file__).parent
@@ -136,8 +137,8 @@ def test_run_folder(finished):
         assert steps_with(out, "metrics") == [13, 26]
         assert rows(out)[-1]["metrics"] == result["metrics"]
         model = evaluation.load_run(out)[0]
-        kept, sizes = evaluation.kept_weights(model)
-        assert kept.sum() == round(result["achieved_density"] * sizes.sum())
+        kept, total = sizes.kept_weights(model)
+        assert kept.sum() == round(result["achieved_density"] * total.sum())
 
 
 def test_the_density_of_smp_falls_to_the_one_asked_for(finished):
@@ -236,9 +237,9 @@ def test_densities_of_matrices_and_heads(finished):
     with torch.no_grad():
         for linear in (attention.query, attention.key, attention.value):
             linear.weight[:size] = 0
-    kept, sizes = evaluation.kept_weights(model)
-    assert kept.sum() == sizes.sum() - 3 * size * width
-    assert (kept / sizes)[1, 0] == 1 - size / width
+    kept, total = sizes.kept_weights(model)
+    assert kept.sum() == total.sum() - 3 * size * width
+    assert (kept / total)[1, 0] == 1 - size / width
     per_head = report.head_densities(model)
     assert per_head[1, 0] == 0.25  # of its Q, K, V and O only O is left
     assert per_head.sum() == per_head.size - 0.75
@@ -366,9 +367,18 @@ def test_every_method_takes_a_teacher(tiny, finished, tmp_path):
     for method in ("movement", "l0", "pins"):
         out = tmp_path / method
         run(tiny, out, method=method, teacher=dense, max_steps=4, pins_window=1)
-        taught = load_file(out / "checkpoint.safetensors")["teacher"]
+        taught = taught_table(out)
         assert taught.shape == (203, 2)
         assert torch.equal(taught, taught_by(dense / "model", finished))
+
+
+def taught_table(out):
+    """The table of the teacher of a run: its only file, which its checkpoint names."""
+    (path,) = out.glob("teacher-*.safetensors")
+    with safe_open(out / "checkpoint.safetensors", framework="pt") as file:
+        progress = json.loads(file.metadata()["progress"])
+    assert progress["teacher_file"] == path.name
+    return load_file(path)["teacher"]
 
 
 def taught_by(folder, finished):
@@ -416,7 +426,7 @@ def test_self_teacher_is_its_best_checkpoint(tiny, finished, tmp_path, monkeypat
             with monkeypatch.context() as inner:
                 inner.setitem(evaluation.MAX_TOKENS, "cpu", 150)
                 assert (table - taught_by(folder, finished)).abs().max() < 1e-5
-        assert torch.equal(load_file(out / "checkpoint.safetensors")["teacher"], tables[-1])
+        assert torch.equal(taught_table(out), tables[-1])
 
         computed = len(tables)
         with monkeypatch.context() as inner:
@@ -455,7 +465,7 @@ def test_self_teacher_of_a_regression(tiny, tmp_path):
     out = tmp_path / "out"
     run(flags, out, method="pins", dropout=0, max_steps=3, eval_every=2, pins_window=1)
 
-    table = load_file(out / "checkpoint.safetensors")["teacher"]
+    table = taught_table(out)
     assert table.shape == (203,)
     assert steps_with(out, "teacher") == [2]
     data, settings = dataset_of(out)
@@ -466,7 +476,7 @@ def test_self_teacher_of_a_regression(tiny, tmp_path):
 
 def texts_of(data):
     """The token ids of each example of a data set, as tuples."""
-    return [tuple(data.ids[data.starts[i] : data.starts[i + 1]]) for i in range(len(data))]
+    return [tuple(data.ids[data.tokens(i)]) for i in range(len(data))]
 
 
 def test_self_teacher_from_a_dense_run_on_a_held_out_part(tiny, finished, tmp_path):
@@ -480,7 +490,7 @@ def test_self_teacher_from_a_dense_run_on_a_held_out_part(tiny, finished, tmp_pa
     assert steps_with(out, "teacher") == []  # with so small an lr the student gets no better
     data, _ = dataset_of(dense)
     rest, held = data.split(0.2, 0)
-    table = load_file(out / "checkpoint.safetensors")["teacher"]
+    table = taught_table(out)
     assert (len(table), len(rest), len(held)) == (162, 162, 41)
     texts = texts_of(data)
     assert sorted(texts) == sorted(texts_of(rest) + texts_of(held))

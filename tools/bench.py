@@ -29,12 +29,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import Parser, UserError, batches, collate, encode, get_task, load_dataset, read_json
-from data import load_tokenizer, program
+from data import batches, collate, encode, get_task, load_dataset, load_tokenizer
 from eval import predict
-from model import DEMO, Bert, BertConfig, autocast, inputs, pick_device, send, task_loss
+from model import Bert, BertConfig, autocast, inputs, pick_device, send, task_loss
 from prune import METHODS, kth_largest, kth_largest_on_device, mask_matrices
 from tools import deploy
+from tools.common import Parser, UserError, program, read_json
+from tools.fetch import DEMO
 from tools.timing import alternate, clock
 from train import settings_from
 

@@ -39,16 +39,15 @@ from safetensors.torch import save as torch_to_safetensors
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from data import Parser, UserError, atomic_write, collate, is_stream, load_tokenizer, program
-from data import read_json, require
-from eval import evaluate, load_dev, load_run, measure, predict, show, trained_on
+from data import collate, load_tokenizer
+from eval import evaluate, load_dev, load_run, measure, predict, show, to_predictions, trained_on
 from eval import write_predictions
-from model import Bert, BertConfig, autocast, holds, inputs, pick_device, read_safetensors
-from model import save_model
+from model import HEADS, Bert, BertConfig, autocast, holds, inputs, pick_device, save_model
 from prune import encoder_matrices
+from tools.common import Parser, UserError, as_flag, atomic_write, is_stream, number, program
+from tools.common import read_json, read_safetensors, require
 from tools.masks import evaluate_masks, save_mask
 from tools.timing import alternate
-from train import as_flag, number
 
 CPU = torch.device("cpu")
 
@@ -86,6 +85,8 @@ def export(run, folder, which):
       label words, which its config.json names in `label_words`.
     - Label words alone: BertForTokenClassification, read at position 0. The rows of its classifier
       are the embeddings of the words.
+    A task of the kind "span" or "tag" is read at every position. Its classes are
+    BertForQuestionAnswering and BertForTokenClassification, or BertForMaskedLM.
     """
     model, task, _, _ = load_run(run, which)
     write_export(folder, model, task, Path(run) / which)
@@ -98,11 +99,11 @@ def write_export(folder, model, task, source):
     labels = task.labels
     kind = None  # the class that fits the output head
     if model.output_head == "words" and not hasattr(model, "cls"):
-        kind = "BertForTokenClassification"
+        layer, kind = HEADS["span" if task.kind == "span" else "tag"]
         rows = model.embeddings.word_embeddings.weight[model.words]  # (K, C)
         state = {name: t for name, t in state.items() if not name.startswith("bert.pooler.")}
-        state["classifier.weight"] = rows
-        state["classifier.bias"] = torch.zeros(len(rows))
+        state[f"{layer}.weight"] = rows
+        state[f"{layer}.bias"] = torch.zeros(len(rows))
         labels = labels or task.words[-len(rows) :]
     save_model(folder, model, state, source, labels, kind)
     config = read_json(folder / "config.json")
@@ -362,6 +363,7 @@ def write_compact(folder, model, task, tokenizer, settings, config, sizes):
         "max_length": settings["max_length"],
         "dtype": settings["dtype"],
         "head": model.output_head,
+        "kind": model.kind,
         "config": vars(config),
         "outputs": model.outputs,
         "words": model.words.tolist(),
@@ -394,7 +396,9 @@ def build_compact(about, state):
     pooler = holds(state, "bert.pooler.")
     mlm = holds(state, "cls.predictions.")
     with torch.device("meta"):  # only the structure: values and sizes come from the file
-        model = Bert(config, about["head"], about["outputs"], about["words"], pooler, mlm)
+        head = (about["head"], about["outputs"], about["words"])
+        kind = about.get("kind", "classify")  # older folders do not say it
+        model = Bert(config, *head, pooler, mlm, kind)
     model.words = torch.tensor(about["words"], dtype=torch.long)
     names = matrix_names(model)
     change_heads(state, names, about["sizes"], add_padding)
@@ -629,8 +633,9 @@ def compare(before, after, task, dev_sets, device):
     logits_after = predict(after, dev, device, "fp32")
     most = (logits_before - logits_after).abs().max()
     print(f"logits on {len(dev):,} dev examples differ by {most:.1e} at most")
-    print(f"  before: {show(measure(task, logits_before, dev.labels))}")
-    print(f"  after: {show(measure(task, logits_after, dev.labels))}")
+    for what, logits in (("before", logits_before), ("after", logits_after)):
+        metrics = measure(task, to_predictions(task, logits, dev), dev.gold)
+        print(f"  {what}: {show(metrics)}")
     for size in (1, 8, 32):
         batch = collate(dev, np.arange(min(size, len(dev))))
         speed(before, after, inputs(batch, device), device)

@@ -19,12 +19,15 @@ import numpy as np
 import torch
 from safetensors.numpy import save as numpy_to_safetensors
 
-from data import UserError, atomic_write, get_task, is_stream, load_tokenizer, read_json, require
-from data import tell, word_ids
-from eval import entropy, evaluate, load_dev, show, trained_on
-from model import find_model, load_model, model_sha256, read_safetensors
+from data import get_task, load_tokenizer, word_ids
+from eval import evaluate, load_dev, show, trained_on
+from model import load_model, model_sha256
 from prune import METHODS, mask_matrices, masked_linears
-from train import DTYPES
+from tools.common import UserError, atomic_write, is_stream, read_json, read_safetensors, require
+from tools.common import tell
+from tools.fetch import find_model
+from tools.sizes import entropy
+from train import COMMON, DTYPES, RECIPES
 
 # -------------------------------------------------------------------------------------------------
 # masks as bytes
@@ -247,15 +250,19 @@ def masked_base(base, device):
     return model.to(device), masked_linears(model)
 
 
-def switch(model, linears, masks, words):
-    """Make the base in memory the model of another task, by its masks and its label words (ids)."""
+def switch(model, linears, masks, words, kind):
+    """Make the base in memory the model of another task.
+
+    That is done by its masks, its label words (ids) and the task's kind.
+    """
+    model.kind = kind
     for name, linear in linears.items():
         linear.mask.copy_(torch.from_numpy(masks[name]))
     model.words = torch.tensor(words, device=model.words.device)
     model.outputs = len(words)
 
 
-def read_any_mask(path, base, sha256, shapes, task_name):
+def read_any_mask(path, base, sha256, shapes, task_name, task_file):
     """Return (what its header says, {matrix: bool array}) of a mask file, ours or a released one.
 
     Raises UserError where a mask is over another model than `base`, which has this `sha256`, and
@@ -264,7 +271,9 @@ def read_any_mask(path, base, sha256, shapes, task_name):
     if str(path).endswith(".npy"):
         if not task_name:
             raise UserError(f"{path}: a released mask does not name its task; give --task")
-        about = {"task": task_name, "max_length": 128, "dtype": "fp32"}
+        kind = get_task(task_name, task_file).kind
+        length = RECIPES.get(kind, COMMON)["max_length"]
+        about = {"task": task_name, "max_length": length, "dtype": "fp32"}
         return about, read_released(path, shapes)
     about, payload = read_mask(path)
     if about["base_sha256"] != sha256:
@@ -283,7 +292,7 @@ def evaluate_masks(base, paths, device, data_dir, task_name=None, words=(), task
     shapes = {name: tuple(linear.weight.shape) for name, linear in linears.items()}
     found = []
     for path in paths:
-        about, masks = read_any_mask(path, base, sha256, shapes, task_name)
+        about, masks = read_any_mask(path, base, sha256, shapes, task_name, task_file)
         if "labels" in about:
             other = task_name not in (None, about["task"])
             require(not other, f"--task {task_name}: {path} is a mask for {about['task']}")
@@ -298,7 +307,7 @@ def evaluate_masks(base, paths, device, data_dir, task_name=None, words=(), task
         outputs = (len(task.labels),) if task.labels else (1, 2)
         counted = f"{len(label_words)} label words: {task.name} has {outputs[-1]}"
         require(len(label_words) in outputs, f"{path}: {counted}")
-        switch(model, linears, masks, word_ids(tokenizer, label_words))
+        switch(model, linears, masks, word_ids(tokenizer, label_words), task.kind)
         dev_sets = load_dev(task, tokenizer, about["max_length"], data_dir)
         metrics = evaluate(model, task, dev_sets, device, about["dtype"])
         kept, total = count(masks)

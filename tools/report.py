@@ -23,10 +23,13 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from data import Parser, UserError, atomic_write, program, read_json, require, tell
-from eval import evaluate, kept_weights, load_dev, load_run, show
-from model import find_model, load_model, model_sha256, pick_device, read_safetensors
+from eval import evaluate, load_dev, load_run, show
+from model import load_model, model_sha256, pick_device
 from prune import METHODS, encoder_matrices
+from tools.common import Parser, UserError, atomic_write, program, read_json, read_safetensors
+from tools.common import require, tell
+from tools.fetch import find_model
+from tools.sizes import kept_weights
 
 # -------------------------------------------------------------------------------------------------
 # a table over runs
@@ -356,7 +359,8 @@ def with_method(run, device):
     source = find_model(s["model"])
     if model_sha256(source) != config["model_sha256"]:
         raise UserError(f"--density: {s['model']} is no longer the model that {run} began with")
-    model = load_model(source, Method.output_head, config["outputs"], config["words"], s["seed"])
+    head = (Method.output_head, config["outputs"], config["words"])
+    model = load_model(source, *head, s["seed"], kind=task.kind)
     model.to(device)
     method = Method(model, SimpleNamespace(**s), total_steps=1)
     tensors, _ = read_safetensors(Path(run) / "checkpoint.safetensors")

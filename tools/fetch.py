@@ -1,0 +1,187 @@
+"""The official files of tasks, and checkpoints: found, or downloaded and checked."""
+
+import hashlib
+import http.client
+import os
+import sys
+import urllib.parse
+import urllib.request
+import zipfile
+from pathlib import Path
+
+from tools.common import UserError, atomic_write, cache_home, live, read_json, require, tell
+from tools.common import writable
+
+DEMO = Path(__file__).parent.parent / "demo"
+
+# -------------------------------------------------------------------------------------------------
+# tasks
+
+
+def locate(task, split, data_dir):
+    """Return the path of the file of a split.
+
+    The file is taken from `data_dir` if it is there. If not, it is made from the official sources,
+    and sources that are not there are downloaded. What we make goes to `data_dir`. If we may not
+    write there, it goes to a folder of its own in `cache_home()`.
+    """
+    require(split in task.files, f'{task.name} has no "{split}" split but {", ".join(task.files)}')
+    name = task.files[split]
+    data_dir = Path(data_dir)
+    spare = cache_home() / task.sources[0][1][:16] if task.sources else data_dir
+    folders = (data_dir, data_dir / task.folder, spare)
+    for file in (name, *task.other_names.get(split, ())):
+        for folder in folders:
+            if (folder / file).is_file():
+                return folder / file
+    require(task.sources, f"{name}: no such file (the {split} split of task {task.name})")
+    require(data_dir.is_dir(), f"--data-dir {data_dir}: no such folder")
+    home = data_dir if writable(data_dir) else spare
+    for source in task.sources:
+        if Path(source[0]).name == name:  # the source is the file itself
+            return fetch(source, folders, home)
+    sources = [fetch(source, folders, home) for source in task.sources]
+    if task.name == "mrpc":
+        build_mrpc(*sources, home)
+    else:
+        unpack(sources[0], home, task.files.values())
+    return home / name
+
+
+def fetch(source, folders, home):
+    """Return the path of a checked source, found in one of `folders` or downloaded to `home`."""
+    address, sha256 = source
+    name = Path(address).name
+    for folder in folders:
+        path = folder / name
+        if path.is_file():
+            check_sha256(path.read_bytes(), sha256, path, "remove it, and it is downloaded")
+            return path
+    download(source, home / name)
+    return home / name
+
+
+def check_sha256(data, sha256, origin, advice):
+    found = hashlib.sha256(data).hexdigest()
+    wrong = f"{len(data)} bytes, sha256 {found}, expected {sha256}"
+    require(found == sha256, f"{origin}: not the official file: {wrong}; {advice}")
+
+
+def download(source, path):
+    """Download a source, check it, and write it to `path`."""
+    address, sha256 = source
+    mirror = os.environ.get("GLUE_URL", "https://dl.fbaipublicfiles.com/")
+    url = urllib.parse.urljoin(f"{mirror.rstrip('/')}/", address)  # some addresses are whole
+    advice = f"run again, or put {path.name} into {path.parent}, or set GLUE_URL to a mirror"
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response:
+            size = int(response.headers.get("Content-Length", 0))
+            tell(f"downloading {url}, {size:,} bytes", sys.stderr)
+            blocks = []
+            with live("download", size or None, unit_scale=True) as bar:
+                for block in iter(lambda: response.read1(1 << 18), b""):  # what has arrived
+                    blocks.append(block)
+                    bar.update(len(block))
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise UserError(f"{url}: {str(error) or type(error).__name__}; {advice}") from None
+    data = b"".join(blocks)
+    check_sha256(data, sha256, url, advice)
+    atomic_write(path, data)
+
+
+def unpack(archive, home, names):
+    """Write the members `names` of a zip below `home`, and nothing else.
+
+    A file that is already there stays as it is. The zip may hold them without their folder.
+    """
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            for name in names:
+                bare = Path(name).name
+                member = bare if bare in zipped.namelist() else name
+                write_new(home / name, zipped.read(member))
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise UserError(f"{archive}: not a usable zip: {error}; remove it to download it") from None
+
+
+def build_mrpc(train, test, dev_ids, home):
+    """Write MRPC's TSVs. The training rows whose pair of ids `dev_ids` lists become dev."""
+    dev_pairs = set(dev_ids.read_text().split("\n"))
+    header, *lines = train.read_bytes().decode("utf-8-sig").rstrip("\n").split("\n")
+    texts = {"train": [header], "dev": [header]}
+    for line in lines:
+        pair = "\t".join(line.split("\t")[1:3])  # the ids of its two sentences
+        texts["dev" if pair in dev_pairs else "train"].append(line)
+    for split, lines in texts.items():
+        write_new(home / f"MRPC/{split}.tsv", "\n".join(lines) + "\n")
+    write_new(home / "MRPC/test.tsv", test.read_bytes())
+
+
+def write_new(path, content):
+    if not path.exists():
+        atomic_write(path, content)
+
+
+# -------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+CONVERT = (
+    "pickled .bin checkpoints are refused, because unpickling runs code; convert once, where "
+    'transformers is installed: python -c "from transformers import AutoModelForMaskedLM as M; '
+    "M.from_pretrained('{name}').save_pretrained('converted')\""
+)
+
+
+def find_model(name):
+    """Return the folder of "demo", of a folder, or of a Hugging Face id, which is downloaded.
+
+    Raises UserError where there is no such model, or no safetensors file in it.
+    """
+    if name == "demo":
+        return DEMO
+    if Path(name).is_dir():
+        return Path(name)
+    folder = from_hub(name)
+    found = list(folder.glob("*.safetensors"))
+    require(found, f"--model {name}: the hub has no model.safetensors; {CONVERT.format(name=name)}")
+    return folder
+
+
+def from_hub(name):
+    """Return the folder of a Hugging Face id in the hub's cache; download what is not there."""
+    import huggingface_hub as hub  # it is slow to import, and only needed here
+
+    wanted = ["config.json", "*.safetensors", "*.index.json", "vocab.txt", "tokenizer*.json"]
+    options = {"allow_patterns": wanted, "ignore_patterns": "*/*"}
+    try:
+        # without this question, snapshot_download would wait without end for a dead server
+        hub.model_info(name, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT)
+        return Path(hub.snapshot_download(name, **options))
+    except Exception as error:  # the hub has many: no such id, no network, gated, full disk
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    try:
+        return Path(hub.snapshot_download(name, **options, local_files_only=True))
+    except Exception:
+        raise UserError(
+            f"--model {name}: no such folder, and the Hugging Face hub did not give it ({reason}); "
+            "give a folder with config.json, model.safetensors and tokenizer.json, or `demo`"
+        ) from None
+
+
+def model_files(folder):
+    """Return the safetensors files of a checkpoint, sharded or not; UserError if there are none."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    if not index.exists():
+        advice = (
+            CONVERT.format(name=folder) if list(folder.glob("*.bin")) else "it is no checkpoint"
+        )
+        raise UserError(f"{folder}: no model.safetensors and no {index.name}; {advice}")
+    shards = read_json(index).get("weight_map")
+    shards = list(shards.values()) if isinstance(shards, dict) else []
+    plain = [isinstance(shard, str) and Path(shard).name == shard for shard in shards]
+    require(shards and all(plain), f"{index}: weight_map must name files of this folder")
+    return [folder / shard for shard in sorted(set(shards))]
