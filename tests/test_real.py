@@ -17,12 +17,15 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from data import TASKS
 from model import load_model
 from prune import mask_matrices
 from tools import bench
 
 GLUE_DIR = os.environ.get("GLUE_DIR", "")
 BERT_DIR = os.environ.get("BERT_DIR", "")
+SQUAD_DIR = os.environ.get("SQUAD_DIR", "")
+CONLL_DIR = os.environ.get("CONLL_DIR", "")
 missing = not (GLUE_DIR and BERT_DIR)
 pytestmark = [
     pytest.mark.real,
@@ -48,14 +51,45 @@ def test_what_is_masked():
     assert weights == 10_616_832
 
 
-def test_two_processes_are_one_at_first(tmp_path):
-    """Over the first five steps two processes have the losses of one process, to 1e-5.
+def first_questions(folder):
+    """A task file with the questions of four real paragraphs."""
+    rows = json.loads(Path(SQUAD_DIR, "dev-part.json").read_text())
+    rows["data"] = [{"paragraphs": rows["data"][0]["paragraphs"][:4]}]
+    (folder / "train.json").write_text(json.dumps(rows))
+    (folder / "dev.json").write_text(json.dumps(rows))
+    task = {"name": "s", "kind": "span", "train": "train.json", "dev": "dev.json"}
+    return task | {"words": ["yes", "no"], "metric": "f1"}
 
-    The masks of both processes are equal bit for bit.
+
+def first_sentences(folder):
+    """A task file with 100 real sentences."""
+    text = Path(CONLL_DIR, "eng.testa").read_text()
+    text = "\n\n".join(text.split("\n\n")[:100])
+    (folder / "train.txt").write_text(text)
+    (folder / "dev.txt").write_text(text)
+    words = TASKS["conll2003"].words
+    task = {"name": "t", "kind": "tag", "train": "train.txt", "dev": "dev.txt", "words": words}
+    return task | {"labels": TASKS["conll2003"].labels, "metric": "entity_f1"}
+
+
+@pytest.mark.parametrize("kind", ["classify", "span", "tag"])
+def test_two_processes_are_one_at_first(kind, tmp_path):
+    """Over the first steps two processes have the losses of one process, to 1e-5.
+
+    The masks of both processes are equal bit for bit. Questions and sentences have a self-teacher.
     """
-    flags = [*FLAGS, "--task", "rte", "--dropout", "0", "--max-steps", "5", "--log-every", "1"]
+    flags = [*FLAGS, "--dropout", "0", "--max-steps", "5", "--log-every", "1"]
     flags += ["--batch-size", "16"]
     flags += ["--dtype", "fp32"]  # in bf16 the two halves of a batch round differently
+    if kind == "classify":
+        flags += ["--task", "rte"]
+    else:
+        if not Path(SQUAD_DIR or "missing").is_dir() or not Path(CONLL_DIR or "missing").is_dir():
+            pytest.skip("needs SQUAD_DIR and CONLL_DIR")
+        task = {"span": first_questions, "tag": first_sentences}[kind](tmp_path)
+        (tmp_path / "task.json").write_text(json.dumps(task))
+        flags += ["--task-file", str(tmp_path / "task.json"), "--teacher", "self"]
+        flags += ["--eval-every", "2", "--max-length", "96"]
     worker = Path(__file__).with_name("test_processes.py")
     losses = {}
     for n in (1, 2):
@@ -74,6 +108,8 @@ def test_two_processes_are_one_at_first(tmp_path):
     gap = np.abs(losses[1] - losses[2])
     print("loss difference by step:", gap)
     assert len(gap) == 5
+    taught = [row["step"] for row in log if "teacher" in row]
+    assert bool(taught) == (kind != "classify")
     assert gap.max() < 1e-5
 
 
