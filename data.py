@@ -198,7 +198,7 @@ OTHER_TASKS = (
               "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9"))),
     Task(name="conll2003", folder="CoNLL-2003", kind="tag",
          labels=("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC"),
-         words=("the", "person", "man", "company", "group", "city", "country", "event", "thing"),
+         words=("the", "john", "smith", "company", "inc", "london", "england", "german", "cup"),
          metrics=METRICS_OF["tag"],
          files={"train": "CoNLL-2003/train.txt", "dev": "CoNLL-2003/valid.txt",
                 "test": "CoNLL-2003/test.txt"},

@@ -570,7 +570,7 @@ def test_a_tiny_model_learns(kind, tiny, kinds, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_resume_with_a_teacher(kind, tiny, kinds, tmp_path):
+def test_resume_with_a_teacher(kind, tiny, kinds, tmp_path, capsys):
     """A run with a self-teacher on a held-out part, interrupted and resumed, ends bit for bit so.
 
     The table is in one file, which the checkpoint names; without it the run is not resumed.
@@ -588,10 +588,12 @@ def test_resume_with_a_teacher(kind, tiny, kinds, tmp_path):
         assert train.main(argv) != 0
     (table,) = again.glob("teacher-*.safetensors")
     whole = table.read_bytes()
-    table.write_bytes(whole[:-1] + b"\0\0")
-    assert train.main([*argv, "--resume"]) == 2
+    other = bert.to_safetensors({"teacher": 0 * load_file(table)["teacher"]})
+    for damaged in (whole[:-1], b"", other):
+        table.write_bytes(damaged)
+        refused(capsys, [*argv, "--resume"], f"{table}: missing or damaged")
     table.unlink()
-    assert train.main([*argv, "--resume"]) == 2
+    refused(capsys, [*argv, "--resume"], f"{table}: missing or damaged")
     table.write_bytes(whole)
     assert train.main([*argv, "--resume"]) == 0
     same(tmp_path / "a", again)
