@@ -425,7 +425,9 @@ def read_squad(task, split, path, data):
     texts = []
     gold = []
     try:
-        for article in json.loads(decode(path, data))["data"]:
+        articles = json.loads(decode(path, data))["data"]
+        json.dumps(articles, ensure_ascii=False).encode()  # a ValueError for half a character
+        for article in articles:
             for paragraph in article["paragraphs"]:
                 for row in paragraph["qas"]:
                     answers = [(a["text"], a["answer_start"]) for a in row.get("answers", [])]
@@ -437,9 +439,10 @@ def read_squad(task, split, path, data):
     ids = set()
     for (_, context), (name, answers) in zip(texts, gold):
         place = f'{path}: question "{name}"'
-        strings = all(isinstance(text, str) for text in (name, context, *dict(answers)))
+        strings = [name, context, *[text for text, _ in answers]]
+        valid = all(isinstance(text, str) for text in strings) and name not in ids
         expected = "its id, context and answers must be strings, and the id is there once"
-        require(strings and name not in ids, f"{place}: {expected}")
+        require(valid, f"{place}: {expected}")
         ids.add(name)
         require(answers or split == "test", f"{place}: no answer; SQuAD v2 is not supported")
         if split == "train":
@@ -485,7 +488,6 @@ def read_conll(task, split, path, data):
 # tokens
 
 IGNORED = -100  # the label of a token at which nothing is decided
-
 
 
 def load_tokenizer(model_dir, vocab_size):
@@ -707,8 +709,8 @@ def encode_windows(texts, gold, tokenizer, max_length):
 
     Raises UserError with the id of a question that leaves no room for its context.
     """
-    cut = copy_of(tokenizer)
-    specials = cut.num_special_tokens_to_add(is_pair=True)
+    cutter = copy_of(tokenizer)
+    specials = cutter.num_special_tokens_to_add(is_pair=True)
     windows = []
     examples = list(zip(texts, gold))
     for owner, (text, (name, answers)) in enumerate(live("tokenise", None, iterable=examples)):
@@ -716,8 +718,8 @@ def encode_windows(texts, gold, tokenizer, max_length):
         room = max_length - specials - size
         none = f'question "{name}": its {size} tokens leave no room for the context'
         require(room > 0, f"{none} in --max-length {max_length}")
-        cut.enable_truncation(max_length, stride=min(OVERLAP, room // 2), strategy="only_second")
-        first = cut.encode(*text)
+        cutter.enable_truncation(max_length, stride=min(OVERLAP, room // 2), strategy="only_second")
+        first = cutter.encode(*text)
         for window in (first, *first.overflowing):
             windows.append((owner, *read_window(window, answers)))
     owner, ids, second, places, labels = zip(*windows)

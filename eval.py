@@ -29,7 +29,7 @@ import string
 from collections import Counter
 from dataclasses import replace
 from functools import partial
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -473,12 +473,16 @@ def read_predictions(task, path, texts, gold):
     data = Path(path).read_bytes()
     if task.kind == "tag":
         found, predicted = read_conll(task, "dev", path, data)
+        lines = chain(*[(*words, "") for words in texts])  # "" is the empty line after a sentence
+        found = chain(*[(*words, "") for words in found])
     else:
         rows = replace(task, columns=("index",), label="prediction", header=(), rows={})
         found, predicted = read_tsv(rows, "dev", path, data)
-        texts = [str(i) for i in range(len(texts))]
-    for number, (ours, theirs) in enumerate(zip_longest(texts, found)):
-        require(ours == theirs, f"{path}: row {number}: found {theirs}, expected {ours}")
+        lines = ["index", *[str(i) for i in range(len(texts))]]
+        found = ["index", *found]
+    together = zip_longest(lines, found, fillvalue="no line")
+    for number, (ours, theirs) in enumerate(together, 1):
+        require(ours == theirs, f"{path}:{number}: found {theirs!r}, expected {ours!r}")
     return predicted
 
 

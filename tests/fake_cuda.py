@@ -199,9 +199,13 @@ def waiting_once(predict, device):
 
 
 def no_predictions(task, logits, dataset):
-    """Stand in for eval.to_predictions, which reads the logits (N, K)."""
+    """Stand in for eval.to_predictions, which reads the logits."""
     assert logits.device.type == "cpu"
     assert logits.dtype == torch.float32
+    if task.kind == "span":
+        return [""] * len(dataset.examples)
+    if task.kind == "tag":
+        return [["O"] * len(words) for words, _ in dataset.examples]
     return np.zeros(len(logits))
 
 
@@ -272,6 +276,8 @@ def check_state(run):
     assert all(group["fused"] for group in run.optimizer.param_groups), "AdamW is not fused"
     tensors = train.remembered(run) | dict(run.model.named_parameters())
     tensors |= dict(run.model.named_buffers()) | {"loss_sum": run.loss_sum}
+    if run.teacher.table is not None:
+        tensors["teacher"] = run.teacher.table
     elsewhere = [name for name, tensor in tensors.items() if tensor.device.type != "cuda"]
     assert not elsewhere, f"not on the device: {elsewhere}"
 

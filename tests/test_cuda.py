@@ -35,6 +35,10 @@ CASES = [
     "--method platon --dtype fp32",
     "--method pins --dtype bf16 --teacher self --eval-every 1",
     "--method pins --dtype fp16 --teacher self:RUN --pins-score signed --grad-accum 2",
+    "--method pins --dtype bf16 --teacher self --eval-every 1 --task-file span.json",
+    "--method smp-s --dtype fp16 --grad-accum 2 --task-file span.json",
+    "--method smp-s --dtype fp32 --teacher self --eval-every 1 --task-file tag.json",
+    "--method dense --dtype bf16 --task-file tag.json",
 ]
 
 # A fault of fake_cuda.FAULTS: the flags of the run, and the file and the code of the line where the
@@ -61,7 +65,7 @@ def start_of_command(folder):
 
 
 @pytest.fixture(scope="module")
-def errors(tiny, tmp_path_factory):
+def errors(tiny, kinds, tmp_path_factory):
     """{case or fault: its error or None}, all from one process."""
     folder = tmp_path_factory.mktemp("cuda")
     command = start_of_command(folder)
@@ -73,7 +77,10 @@ def errors(tiny, tmp_path_factory):
     two_steps += ["--teacher", "none"]
     cases = {}
     for case in CASES:
-        flags = shlex.split(case.replace("RUN", str(teacher)))
+        case_here = case.replace("RUN", str(teacher))
+        for kind, path in kinds.items():
+            case_here = case_here.replace(f"{kind}.json", path)
+        flags = shlex.split(case_here)
         cases[case] = ([*tiny, *two_steps, *flags], None)
     for fault, (flags, _, _) in FAULTS.items():
         cases[fault] = ([*tiny, *two_steps, *shlex.split(flags)], fault)

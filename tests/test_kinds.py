@@ -164,6 +164,8 @@ def test_squad_file():
         ('{"data": []}', "FILE: no row of data"),
         (squad(QUESTION | {"id": 3}), 'FILE: question "3": its id, context and answers must be'),
         (squad(QUESTION, context=["x"]), 'question "q": its id, context and answers must be'),
+        (squad(QUESTION | {"answers": [{"text": ["x"], "answer_start": 0}]}), "answers must be"),
+        (squad(QUESTION, context="\ud800"), "FILE: not in the form .*Unicode"),
         (squad(QUESTION, QUESTION), 'question "q": its id, .* the id is there once'),
         (squad(QUESTION | {"answers": []}), 'question "q": no answer; SQuAD v2'),
         (squad(QUESTION, context="A cat."), 'question "q": the answer "cat" is not at character 4'),
@@ -629,9 +631,10 @@ def test_scores_of_predictions(kind, method, finished, tmp_path, capsys):
         words = [line.split() for line in text.split("\n")]
         assert {len(line) for line in words} == {0, 3}
         path.write_text(text.split("\n", 1)[1])
-        refused(capsys, score, "row 0: found", main=evaluation.main)
+        refused(capsys, score, "said:1: found", f"expected '{words[0][0]}'", main=evaluation.main)
         path.write_text(text + "\nw1 O O\n")
-        refused(capsys, score, "row 50: found ['w1'], expected None", main=evaluation.main)
+        message = f"said:{len(words) + 1}: found 'w1', expected 'no line'"
+        refused(capsys, score, message, main=evaluation.main)
 
 
 def test_scores_of_glue_predictions(tiny, finished, tmp_path, capsys):
@@ -646,9 +649,9 @@ def test_scores_of_glue_predictions(tiny, finished, tmp_path, capsys):
     assert capsys.readouterr().out == f"{path}: {evaluation.show(result_of(out)['metrics'])}\n"
     lines = path.read_text().splitlines(keepends=True)
     for changed, message in (
-        (lines[:-1], "row 59: found None, expected 59"),
-        ([*lines, "60\tyes\n"], "row 60: found 60, expected None"),
-        ([lines[0], *lines[2:]], "row 0: found 1, expected 0"),
+        (lines[:-1], "said.tsv:61: found 'no line', expected '59'"),
+        ([*lines, "60\tyes\n"], "said.tsv:62: found '60', expected 'no line'"),
+        ([lines[0], *lines[2:]], "said.tsv:2: found '1', expected '0'"),
         ([lines[0], "0\tmaybe\n"], 'unknown prediction "maybe", expected no or yes'),
         (lines[1:], 'no column "index"'),
     ):
