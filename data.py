@@ -289,7 +289,7 @@ def read_task_file(path):
     values = {}
     for key, value in row.items():
         values[key] = value if isinstance(value, list) else [value]
-        distinct = {text for text in values[key] if isinstance(text, str) and text}
+        distinct = {text for text in values[key] if isinstance(text, str) and text.strip("\0")}
         least, most = counts[key]
         expected = f"{least} to {most} different strings" if most > 1 else "a string, not empty"
         valid = len(distinct) == len(values[key]) and least <= len(distinct) <= most
@@ -304,8 +304,11 @@ def read_task_file(path):
         labels = ("start", "end")
         columns = ("question", "context")
     elif kind == "tag":
+        there = labels or Path(files["train"]).is_file()
+        expect(there, "train", 'a file, because there are no "labels"')
         labels = labels or tags_in(files["train"])
-        expect("O" in labels, "labels", '"O" among the tags')
+        whole = all_tags(label[2:] for label in labels)
+        expect(set(labels) == set(whole), "labels", '"O", and "B-X" and "I-X" for each type X')
     words = values.get("words", ())
     count = len(labels) or 2
     expect(len(words) in (count, 0), "words", f"{count} different strings")
@@ -332,8 +335,12 @@ def tags_in(path):
     """Return the tags of a file in the form of CoNLL-2003: "O", and B and I of each type."""
     anything = Task(name="", folder="", kind="tag", labels=())
     _, gold = read_conll(anything, "train", path, Path(path).read_bytes())
-    types = {tag[2:] for tag in chain(*gold) if tag != "O"}
-    pairs = [(f"B-{name}", f"I-{name}") for name in sorted(types)]
+    return all_tags(tag[2:] for tag in chain(*gold))
+
+
+def all_tags(types):
+    """Return "O", and B and I of each type. The type of "O" is "", which does not count."""
+    pairs = [(f"B-{name}", f"I-{name}") for name in sorted(set(types) - {""})]
     return ("O", *chain(*pairs))
 
 
@@ -441,13 +448,14 @@ def read_squad(task, split, path, data):
         place = f'{path}: question "{name}"'
         strings = [name, context, *[text for text, _ in answers]]
         valid = all(isinstance(text, str) for text in strings) and name not in ids
-        expected = "its id, context and answers must be strings, and the id is there once"
+        valid = valid and all(type(start) is int for _, start in answers)
+        expected = "expected strings, a new id, and answer_start to be whole numbers"
         require(valid, f"{place}: {expected}")
         ids.add(name)
         require(answers or split == "test", f"{place}: no answer; SQuAD v2 is not supported")
         if split == "train":
             text, start = answers[0]
-            there = type(start) is int and start >= 0 and context.startswith(text or "\0", start)
+            there = start >= 0 and context.startswith(text or "\0", start)
             found = f'the answer "{text}" is not at character {start} of its context'
             require(there, f"{place}: {found}; answer_start counts Unicode characters")
     return texts, gold
@@ -476,9 +484,9 @@ def read_conll(task, split, path, data):
         before = tags[-1] if tags else "O"
         if tag.startswith("I-") and tag[2:] != before[2:]:
             tag = "B-" + tag[2:]  # in IOB1 the first word of an entity may have I
-        known = len(fields) > 1 and (tag in task.labels or not task.labels)
-        expected = f"expected a word first, and last {' or '.join(task.labels) or 'its tag'}"
-        require(known, f'{path}:{number}: "{fields[-1]}" is no tag; {expected}')
+        known = tag in task.labels if task.labels else re.fullmatch("O|B-.+|I-.+", tag)
+        expected = f"expected a word first, and last {' or '.join(task.labels) or 'O, B-X or I-X'}"
+        require(known and fields[1:], f'{path}:{number}: "{fields[-1]}" is no tag; {expected}')
         words.append(fields[0])
         tags.append(tag)
     return texts, gold
@@ -587,7 +595,7 @@ class Dataset:
         return self.labels if self.examples is None else [gold for _, gold in self.examples]
 
     @cached_property
-    def decisions(self):
+    def decision_counts(self):
         """Return the number of labelled decisions of each row, (n,)."""
         if self.kind != "tag":
             return np.full(len(self), self.labels[0].size)
@@ -655,9 +663,9 @@ def make_dataset(task, text, arrays, max_length):
         dataset.examples = list(zip(*text))
     if task.kind == "tag":
         lost = sum(map(len, text[0])) - np.count_nonzero(dataset.places >= 0)
-        beyond = f"{lost:,} words are beyond --max-length {max_length}; they count as tagged O"
+        where = f"{lost:,} words of {task.name} have no token in --max-length {max_length}"
         if lost:
-            tell(f"warning: {task.name}: {beyond}", sys.stderr)
+            tell(f"warning: {where}; they count as tagged O", sys.stderr)
     return dataset
 
 
@@ -803,16 +811,16 @@ def batches(lengths, batch_size, seed, epoch, max_tokens=0):
     return [cut[i] for i in rng.permutation(len(cut))]
 
 
-def micro_batches(batch, decisions, rank, world, grad_accum):
+def micro_batches(batch, count, rank, world, grad_accum):
     """Return this rank's micro-batches of a batch: (rows, factor for the sum of their losses).
 
-    `decisions` is the number of decisions in the batch. DistributedDataParallel averages over
+    `count` is the number of decisions in the batch. DistributedDataParallel averages over
     ranks. With the factor that average is the mean over the decisions. Every rank must have as many
     micro-batches as the others. Where it has no row left, it takes one with the factor 0.
     """
     most = len(batch[::world])  # examples of rank 0, which has the most
     parts = np.array_split(batch[rank::world], min(grad_accum, most))
-    factor = world / max(1, decisions)
+    factor = world / max(1, count)
     return [(part, factor) if len(part) else (batch[:1], 0.0) for part in parts]
 
 

@@ -39,9 +39,10 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from data import EVERY_POSITION, IGNORED, collate, get_task, load_dataset, load_tokenizer
 from data import make_dataset, read_conll, read_split, read_tsv, token_sizes, tokenise
-from model import DEVICES, autocast, decisions, inputs, load_model, pick_device, send, task_loss
+from model import autocast, decisions, inputs, load_model, send, task_loss
 from model import to_value
 from prune import METHODS, distill, self_distill
+from tools.common import DEVICES, pick_device
 from tools.common import Parser, atomic_write, is_stream, live, program, read_json, require, tell
 from tools.fetch import locate
 from tools.sizes import kept_weights, print_densities, print_sizes
@@ -284,10 +285,15 @@ def trained_on(path, about):
     """
     name = None if about["task_file"] else about["task"]
     task = get_task(name, about["task_file"])
-    then = f"{about['task']} with labels {about['labels']}"
-    now = f"{task.name} with labels {list(task.labels)}"
+    kind = about.get("kind", task.kind)  # older runs do not say it
+    then = f"{about['task']} ({kind}) with labels {about['labels']}"
+    now = described(task)
     require(then == now, f"{path}: trained on {then}; the task file describes {now}")
     return task
+
+
+def described(task):
+    return f"{task.name} ({task.kind}) with labels {list(task.labels)}"
 
 
 def load_run(run, which="model"):
@@ -340,8 +346,8 @@ class Teacher:
         model, task, tokenizer, settings = load_run(self.dense_run)
         method = settings["method"]
         require(method == "dense", f"{name}: a {method} run; expected a dense one")
-        theirs, ours = [f"{t.name} with labels {list(t.labels)}" for t in (task, run.task)]
-        require(theirs == ours, f"{name}: trained on {theirs}; this run is on {ours}")
+        same = described(task) == described(run.task)
+        require(same, f"{name}: trained on {described(task)}; this run is on {described(run.task)}")
         same = tokenizer.to_str() == run.tokenizer.to_str()
         require(same, f"{name}: its tokenizer differs from that of {run.settings.model}")
         metrics = run.measure(model.to(run.device), run.held_out or run.dev_sets)
@@ -411,7 +417,7 @@ def report(run, which, device, data_dir):
     step = "last step" if which == "model" else "best checkpoint"
     print(f"{run}: {s['method']} on {task.name}, {step}, {s['dtype']}")
     for name, value in metrics.items():
-        print(f"  {name:12} {100 * value:.2f}")
+        print(f"  {name:17} {100 * value:.2f}")
     kept, sizes = kept_weights(model)
     warn_of_density(s["density"], kept.sum() / sizes.sum())
     print_densities(kept, sizes, list(model.matrices))
@@ -431,7 +437,7 @@ def spell(task, predicted):
     if task.kind == "tag":
         return [" ".join(tags) for tags in predicted]
     if task.regression:
-        return [f"{np.clip(float(x), task.low, task.high):.3f}" for x in predicted]
+        return [f"{x:.6f}" for x in predicted]
     return [task.spelling[i] for i in predicted]
 
 
@@ -465,10 +471,11 @@ def read_predictions(task, path, texts, gold):
         ids = dict(gold)
         for name, answer in answers.items():
             require(name in ids, f'{path}: "{name}" is no id of the split; remove it')
-            require(isinstance(answer, str), f'{path}: the answer of "{name}" is no string')
+            require(isinstance(answer, str), f'{path}: the answer of "{name}" is not a string')
         lost = [name for name in ids if name not in answers]
         if lost:
-            tell(f"warning: {path}: no answer for {len(lost):,} ids, as {lost[0]}", sys.stderr)
+            what = f"no answer for {len(lost):,} ids, for example {lost[0]!r}"
+            tell(f"warning: {path}: {what}", sys.stderr)
         return [answers.get(name) for name in ids]
     data = Path(path).read_bytes()
     if task.kind == "tag":
@@ -476,23 +483,25 @@ def read_predictions(task, path, texts, gold):
         lines = chain(*[(*words, "") for words in texts])  # "" is the empty line after a sentence
         found = chain(*[(*words, "") for words in found])
     else:
-        rows = replace(task, columns=("index",), label="prediction", header=(), rows={})
+        own = {"columns": ("index",), "label": "prediction", "low": -1e9, "high": 1e9}
+        rows = replace(task, **own, header=(), rows={})
         found, predicted = read_tsv(rows, "dev", path, data)
         lines = ["index", *[str(i) for i in range(len(texts))]]
         found = ["index", *found]
     together = zip_longest(lines, found, fillvalue="no line")
     for number, (ours, theirs) in enumerate(together, 1):
-        require(ours == theirs, f"{path}:{number}: found {theirs!r}, expected {ours!r}")
+        require(ours == theirs, f"{path}: near line {number}: found {theirs!r}, expected {ours!r}")
     return predicted
 
 
 def score(path, task, split, data_dir):
     """Print the metrics of a file of predictions, by whatever system."""
-    require(split in task.eval_splits, f"--split {split}: {task.name} has no labels for it")
     source = locate(task, split, data_dir)
     texts, gold = read_split(task, split, source, source.read_bytes())
+    labelled = gold is not None and all(right[1] for right in gold if task.kind == "span")
+    require(labelled, f"--split {split}: {source} has no labels")
     predicted = read_predictions(task, path, texts, gold)
-    print(f"{path}: {show(measure(task, predicted, gold, task.eval_splits[split]))}")
+    print(f"{path}: {show(measure(task, predicted, gold, task.eval_splits.get(split, '')))}")
 
 
 def write_predictions(loaded, device, data_dir, split, path, name):
@@ -504,17 +513,21 @@ def write_predictions(loaded, device, data_dir, split, path, name):
     if name != task.name:
         other = get_task(name)
         same = other.labels == task.labels and other.kind == task.kind == "classify"
-        require(same, f"--task {name}: the run was trained on {task.name}, whose labels differ")
+        need = f"expected classes, and the labels of {task.name}, on which the run was trained"
+        require(same, f"--task {name}: {need}")
         task = other
     has = f"{task.name} has {', '.join(task.files)}"
     require(split in task.files, f"--split {split}: no such split; {has}")
     dataset = load_dataset(task, split, tokenizer, s["max_length"], data_dir)
-    logits = predict(model.to(device), dataset, device, s["dtype"])
-    predicted = to_predictions(task, logits, dataset)
     if os.path.isfile(path) and not is_stream(path):
         with open(path, "rb") as file:
             ours = file.readline() in (b"", HEADER.encode())
-        require(ours, f"{path}: is there already, and holds no predictions; name another file")
+        only = "only a TSV of predictions is written over; name another file"
+        require(ours, f"{path}: is there already, and {only}")
+    logits = predict(model.to(device), dataset, device, s["dtype"])
+    predicted = to_predictions(task, logits, dataset)
+    if task.regression and split not in task.eval_splits:
+        predicted = predicted.clip(task.low, task.high)  # as the leaderboard wants it
     atomic_write(path, as_file(task, predicted, dataset))
     stream = sys.stderr if is_stream(path) else sys.stdout
     tell(f"{path}: {len(predicted):,} predictions of {task.name} {split}", stream)
@@ -533,12 +546,14 @@ def label_texts(loaded, device, path):
         texts, gold = read_split(own, "lines", "standard input", sys.stdin.buffer.read())
     else:
         texts, gold = read_split(own, "test", path, Path(path).read_bytes())
+    if task.kind == "tag":
+        texts = [text for text in texts if text.split()]
     rows = [[text] if isinstance(text, str) else text for text in texts]
     if task.kind == "tag":
         texts = [text.split() for text in texts]
         gold = [["O"] * len(words) for words in texts]
     elif task.kind == "span":
-        gold = [(f"on line {i}", []) for i in range(1, 1 + len(texts))]
+        gold = [(f"number {i}", []) for i in range(1, 1 + len(texts))]
     arrays = tokenise(task, texts, gold, tokenizer, s["max_length"])
     dataset = make_dataset(task, (texts, gold), arrays, s["max_length"])
     logits = predict(model.to(device), dataset, device, s["dtype"])
@@ -558,7 +573,7 @@ def main(argv=None):
     add("--best", action="store_true", help="the best checkpoint on dev, not the last step")
     add("--predictions", metavar="FILE", help="write a split's predictions")
     add("--score", metavar="FILE", help="metrics of predictions on --task; no RUN is needed")
-    add("--split", help="dev, dev_mm, test or test_mm; default test, of --score dev")
+    add("--split", help="dev, dev_mm, test or test_mm; default: test, with --score: dev")
     add("--task", help="task of --score; or predict another task of the same labels: ax by mnli")
     add("--task-file", metavar="JSON", help="task of --score, if it is your own")
     add("--input", metavar="FILE", help="label your own text: a TSV, or - for standard input")
@@ -569,7 +584,7 @@ def main(argv=None):
     asked = [flag for flag in (args.predictions, args.input, args.score) if flag]
     require(len(asked) < 2, "--predictions, --input and --score cannot be used together")
     if args.score:
-        named = (args.task or args.task_file) and not args.runs
+        named = (args.task or args.task_file) and not (args.runs or args.best)
         require(named, "--score takes --task or --task-file, and no RUN")
         task = get_task(args.task, args.task_file)
         score(args.score, task, args.split or "dev", args.data_dir)

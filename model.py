@@ -15,20 +15,16 @@ F feed-forward size, V vocabulary, K outputs.
 
 import contextlib
 import math
-import os
 from dataclasses import dataclass, fields
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from data import EVERY_POSITION, IGNORED
-from tools.common import atomic_write, read_json, read_safetensors, require, sha256_of
-from tools.common import write_json
+from tools.common import atomic_write, read_json, read_safetensors, require, sha256_of, write_json
 from tools.fetch import model_files
 
 # The six matrices of a layer: the papers' letter for each, and its name in the layer.
@@ -323,45 +319,6 @@ def to_value(logits, low, high):
 
 # -------------------------------------------------------------------------------------------------
 # device and dtype
-
-DEVICES = ("auto", "cpu", "cuda", "mps")
-
-
-def pick_device(name):
-    """Return the torch.device for "auto", "cpu", "cuda" or "mps".
-
-    Raises UserError where this machine does not have it.
-    """
-    found = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        name = [kind for kind in found if found[kind]][0]
-    require(found[name], f"--device {name}: this machine, or this build of torch, has none")
-    return torch.device(name)
-
-
-def join_processes(device_name):
-    """Return (rank, world size, device) of this process, after it has joined the others.
-
-    Tensors on a CPU travel by gloo, and those on GPUs by nccl. The processes wait for each other
-    for three hours, because the first one on a machine may have to download and tokenise.
-    """
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    launched = world == 1 or {"RANK", "MASTER_ADDR"} <= os.environ.keys()
-    require(launched, "WORLD_SIZE is set, but not by torchrun: use torchrun, or unset it")
-    rank = int(os.environ["RANK"]) if world > 1 else 0
-    device = pick_device(device_name)
-    if world > 1 and device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=3))
-    return rank, world, device
-
 
 def pick_dtype(device):
     """Return "bf16" where the device multiplies in it, else "fp16" on GPUs and "fp32" elsewhere.

@@ -1,4 +1,4 @@
-"""Fine-tune and prune BERT on a GLUE task: a plain loop.
+"""Fine-tune and prune BERT on a task: a plain loop.
 
     python train.py                                     the embedded demo: dense, then SMP-S at 10%
     python train.py --model google-bert/bert-base-uncased --task mnli --method smp-s --density 0.10
@@ -38,9 +38,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import batches, collate, get_task, load_dataset, load_tokenizer, micro_batches, word_ids
 from eval import Teacher, evaluate, load_dev, show, warn_of_density
-from model import DEVICES, autocast, decisions, inputs, join_processes, load_model, model_sha256
+from model import autocast, decisions, inputs, load_model, model_sha256
 from model import pick_dtype, read_config, save_model, send, task_loss
 from prune import METHODS, TIED, baked_state, n_of_m
+from tools.common import DEVICES, join_processes
 from tools.common import Log, UserError, as_flag, atomic_write, from_rank_0, is_rank_0, live, lock
 from tools.common import number, parse_safetensors, parse_settings, peak_memory, program, read_json
 from tools.common import require, show_settings, surroundings, sweep, tell, write_json
@@ -73,7 +74,7 @@ class Settings:
     task: str = "demo"  # demo, cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, squad, conll2003
     task_file: str = None  # your own task: a JSON file, see README
     method: tuple(METHODS) = "smp-s"  # how to prune
-    density: POSITIVE_SHARE = None  # fraction kept; recipe 0.1, pins 0.2, l0 and soft none
+    density: POSITIVE_SHARE = None  # fraction kept; recipe 0.1, pins 0.2 (span 0.1), l0, soft none
     out: str = None  # run folder; default runs/TASK-METHOD-DENSITY-sSEED
     resume: bool = False  # continue the run in --out bit-exactly from its last checkpoint
 
@@ -85,7 +86,7 @@ class Settings:
     batch_size: COUNT = None  # examples per step, over all devices; recipe by method and task
     max_tokens: COUNT_OR_OFF = 0  # tokens per step with padding, in place of batch-size; 0: off
     grad_accum: COUNT = 1  # micro-batches of a batch: less memory, same result up to dropout
-    lr: RATE = None  # peak learning rate of the weights; recipe 3e-5 (Devlin et al. A.3)
+    lr: RATE = None  # peak learning rate of the weights; recipe 3e-5 (Devlin et al. A.3), or 5e-5
     warmup: number(float, "[0, 1]") = None  # fraction of the run in which lr rises; by method
     weight_decay: RATE = None  # AdamW's, on matrices only; recipe dense 0.01 (Devlin), else 0
     clip: POSITIVE = 1.0  # largest gradient norm (SMP code; Devlin et al. code)
@@ -113,10 +114,10 @@ class Settings:
     dtype: DTYPES = None  # autocast; recipe auto: bf16 where the device computes in it; demo fp32
 
 
-# The published recipes. RECIPES has a row for the recipe that a method's class names, "dense", and
-# rows for what differs on a kind of task, "span", for one recipe on it, "dense span", and for one
-# task, "dense mrpc". A fraction of the run is the published number of steps over the steps of the
-# run it is from.
+# The published recipes. RECIPES has a row for the recipe that a method's class names, "dense". It
+# has rows for what differs on a kind of task, "kind span", for one recipe on it, "dense kind span",
+# and for one task, "dense mrpc". A fraction of the run is the published number of steps over the
+# steps of the run it is from.
 
 COMMON = {
     "max_length": 128,
@@ -169,31 +170,31 @@ RECIPES = {
 }
 RECIPES |= {f"{name} demo": DEMO_PRUNED for name in RECIPES}
 RECIPES |= {
-    "span": {"max_length": 384},
-    "tag": {"max_length": 256},
-    "dense span": {"lr": 5e-5, "source": "Devlin et al. 2019, 4.2"},
-    "dense tag": {"lr": 5e-5, "batch_size": 8, "source": "transformers' example run_ner"},
+    "kind span": {"max_length": 384},
+    "kind tag": {"max_length": 256},
+    "dense kind span": {"lr": 5e-5, "source": "Devlin et al. 2019, 4.2"},
+    "dense kind tag": {"lr": 5e-5, "batch_size": 8, "source": "transformers' example run_ner"},
     "dense mrpc": SMALL,
     "dense rte": SMALL,
     "dense wnli": SMALL,
     "dense demo": DEMO,
-    "smp span": {"epochs": 10, "source": "SMP on SQuAD, released run script"},
-    "smp tag": {"epochs": 20, "source": "our choice; SMP has no tagging"},
+    "smp kind span": {"epochs": 10, "source": "SMP on SQuAD, released run script"},
+    "smp kind tag": {"epochs": 20, "source": "our choice; SMP has no tagging"},
     "smp mnli": LARGE,
     "smp qnli": LARGE,
     "smp qqp": LARGE,
     "smp sst2": LARGE,
     "smp rte": {"epochs": 100},
     "smp demo": DEMO_PRUNED | {"lr": 3e-5, "reg_lambda": 200.0},
-    "pins span": PINS_SPAN,
-    "platon span": PINS_SPAN,
-    "sensitivity span": PINS_SPAN,
+    "pins kind span": PINS_SPAN,
+    "platon kind span": PINS_SPAN,
+    "sensitivity kind span": PINS_SPAN,
 }
 # What differs up to a density (SMP, released code). N / T on MNLI: 43,632, 5,250 and 3,500 of
 # 73,632 steps; on SQuAD 22,650 of 55,340, then 22,670 and 5,000 of 27,670.
 UP_TO_DENSITY = {
     "smp": ((0.5, {"ramp": 0.593}), (0.7, {"ramp": 0.071}), (1.0, {"ramp": 0.048})),
-    "smp span": (
+    "smp kind span": (
         (0.03, {"ramp": 0.409, "epochs": 20}),
         (0.5, {"ramp": 0.819}),
         (1.0, {"ramp": 0.181}),
@@ -202,7 +203,7 @@ UP_TO_DENSITY = {
 # ... and at density 0.5 without a teacher
 HALF_UNTAUGHT = {
     "smp mnli": {"temperature_s": 3.0},
-    "smp span": {"temperature_s": 4.0, "ramp": 0.181},
+    "smp kind span": {"temperature_s": 4.0, "ramp": 0.181},
 }
 
 
@@ -213,7 +214,7 @@ def recipe(s):
     """
     name = METHODS[s.method].recipe
     kind = get_task(s.task, s.task_file).kind
-    rows = (name, kind, f"{name} {kind}", f"{name} {s.task}")
+    rows = (name, f"kind {kind}", f"{name} kind {kind}", f"{name} {s.task}")
     values = {}
     for row in rows:
         values |= RECIPES.get(row, {})
@@ -465,7 +466,7 @@ def loop(run, stop):
 
         # forward and backward, one micro-batch after another
         batch = order[place]
-        count = run.train_set.decisions[batch].sum()
+        count = run.train_set.decision_counts[batch].sum()
         parts = micro_batches(batch, count, run.rank, run.world, s.grad_accum)
         for i, (part, factor) in enumerate(parts):
             data = collate(run.train_set, part)
@@ -729,6 +730,7 @@ def describe(run):
     return {
         "settings": asdict(run.settings),
         "labels": list(run.task.labels),
+        "kind": run.task.kind,
         "outputs": run.model.outputs,
         "words": run.words,
         "command": run.command,

@@ -74,6 +74,6 @@ def test_budget():
 
 
 def test_budget_of_what_they_share():
-    """The two files that every program needs have at most 3,300 tokens, as README says about."""
+    """The two files that every program needs have at most 3,500 tokens, as README says about."""
     sources = [(ROOT / "tools" / name).read_text() for name in ("common.py", "fetch.py")]
-    assert sum(count_tokens(source) for source in sources) <= 3_300
+    assert sum(count_tokens(source) for source in sources) <= 3_500

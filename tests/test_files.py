@@ -243,7 +243,7 @@ def test_predictions_replace_predictions_only(tiny, made, tmp_path, capsys):
         assert evaluation.main([str(word) for word in [*argv, target]]) == 0
     target.write_text("a\tb\nmy text\tmore text\n")
     before = contents(tmp_path)
-    refused(capsys, [*argv, target], target, "holds no predictions", main=evaluation.main)
+    refused(capsys, [*argv, target], target, "is there already", main=evaluation.main)
     assert contents(tmp_path) == before
 
 

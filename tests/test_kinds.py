@@ -162,11 +162,12 @@ def test_squad_file():
         ("{", "FILE: not in the form of SQuAD v1.1"),
         ('{"data": [{}]}', "FILE: not in the form of SQuAD v1.1 .*paragraphs"),
         ('{"data": []}', "FILE: no row of data"),
-        (squad(QUESTION | {"id": 3}), 'FILE: question "3": its id, context and answers must be'),
-        (squad(QUESTION, context=["x"]), 'question "q": its id, context and answers must be'),
-        (squad(QUESTION | {"answers": [{"text": ["x"], "answer_start": 0}]}), "answers must be"),
+        (squad(QUESTION | {"id": 3}), 'FILE: question "3": expected strings, a new id'),
+        (squad(QUESTION, context=["x"]), 'question "q": expected strings, a new id'),
+        (squad(QUESTION | {"answers": [{"text": "x", "answer_start": "4"}]}), "whole numbers"),
+        (squad(QUESTION | {"answers": [{"text": ["x"], "answer_start": 0}]}), "expected strings"),
         (squad(QUESTION, context="\ud800"), "FILE: not in the form .*Unicode"),
-        (squad(QUESTION, QUESTION), 'question "q": its id, .* the id is there once'),
+        (squad(QUESTION, QUESTION), 'question "q": expected strings, a new id'),
         (squad(QUESTION | {"answers": []}), 'question "q": no answer; SQuAD v2'),
         (squad(QUESTION, context="A cat."), 'question "q": the answer "cat" is not at character 4'),
         (squad(QUESTION | {"answers": [{"text": "", "answer_start": 4}]}), 'the answer "" is not'),
@@ -201,6 +202,7 @@ def test_conll_file():
     [
         ("a O\nb\n", 'FILE:2: "b" is no tag; expected a word first, and last O or B-A or'),
         ("a O\n\nb E-A\n", 'FILE:3: "E-A" is no tag'),
+        ("B-A\n", 'FILE:1: "B-A" is no tag; expected a word first'),
         ("a I-C\n", 'FILE:1: "I-C" is no tag'),
         ("\n\n", "FILE: no row of data"),
         ("-DOCSTART- O\n", "FILE: no row of data"),
@@ -263,7 +265,11 @@ TAG = {"name": "s", "kind": "tag", "train": "t.txt", "dev": "d", "metric": "enti
         (SPAN | {"words": ["yes"]}, '"words": expected 2 different'),
         (SPAN | {"columns": ["a", "b"]}, 'unknown key "columns"; the keys are name, train, dev'),
         (SPAN | {"range": [0, 1]}, 'unknown key "range"'),
-        (TAG | {"labels": ["B-A", "I-A"]}, '"labels": expected "O" among the tags'),
+        (TAG | {"labels": ["B-A", "I-A"]}, '"labels": expected "O", and "B-X" and "I-X" for'),
+        (TAG | {"labels": ["O", "I-A"]}, '"labels": expected "O", and "B-X" and "I-X" for'),
+        (TAG | {"labels": ["O", "NOUN"]}, '"labels": expected "O", and "B-X" and "I-X" for'),
+        (TAG | {"train": "x.txt"}, '"train": expected a file, because there are no "labels"'),
+        (SPAN | {"train": "\0"}, '"train": expected a string, not empty'),
         (TAG | {"words": ["a", "b"]}, '"words": expected 3 different'),
         (TAG | {"metric": "f1"}, '"metric": expected some of entity_f1'),
         ({"name": "s", "kind": "tag", "dev": "d"}, '"train": expected this key'),
@@ -375,11 +381,11 @@ def test_words(tmp_path, tiny, kinds, capsys):
     assert arrays["labels"].tolist() == labels
     task = data.Task(name="t", folder="t", kind="tag", labels=("O", "B-A", "I-A"))
     dataset = data.make_dataset(task, (texts, gold), arrays, 8)
-    assert "warning: t: 1 words are beyond --max-length 8" in capsys.readouterr().err
+    assert "warning: 1 words of t have no token in --max-length 8" in capsys.readouterr().err
     classes = np.array([9, 1, 9, 9, 2, 9, 9, 0, 1, 9, 9])
     tags = evaluation.tags_of_words(task.labels, classes, dataset)
     assert tags == [["B-A", "O", "I-A"], ["O", "B-A"]]  # the word without a token is O
-    assert dataset.decisions.tolist() == [2, 2]
+    assert dataset.decision_counts.tolist() == [2, 2]
 
 
 def test_best_answers():
@@ -423,7 +429,7 @@ def test_best_answers():
 def batch_of(kind, kinds, tokenizer, length=24, size=6):
     """The task and the data set of a kind, and the rows of a batch of unequal lengths."""
     task = get_task(None, kinds[kind])
-    dataset = load_dataset(task, "train", tokenizer, length, "")
+    dataset = load_dataset(task, "train", tokenizer, length, Path(kinds[kind]).parent)
     order = np.argsort(dataset.lengths, kind="stable")
     return task, dataset, order[:: len(order) // size][:size]
 
@@ -499,7 +505,7 @@ def test_loss_and_gradients(kind, mode, kinds, tiny, tokenizer):
             total = total + losses.sum() * factor
         return float(total.detach()), torch.autograd.grad(total, scores)
 
-    count = dataset.decisions[rows].sum()
+    count = dataset.decision_counts[rows].sum()
     ways = {
         "whole": gradients(data.micro_batches(rows, count, 0, 1, 1)),
         "padded": gradients(data.micro_batches(rows, count, 0, 1, 1), padding=100),
@@ -622,18 +628,19 @@ def test_scores_of_predictions(kind, method, finished, tmp_path, capsys):
         lost = answers.pop("q3")
         path.write_text(json.dumps(answers))
         assert evaluation.main(score) == 0
-        assert "no answer for 1 ids, as q3" in capsys.readouterr().err
+        assert "no answer for 1 ids, for example" in capsys.readouterr().err
         path.write_text(json.dumps(answers | {"q3": lost, "other": ""}))
         refused(capsys, score, '"other" is no id of the split', main=evaluation.main)
         path.write_text(json.dumps(answers | {"q3": 5}))
-        refused(capsys, score, 'the answer of "q3" is no string', main=evaluation.main)
+        refused(capsys, score, 'the answer of "q3" is not a string', main=evaluation.main)
     else:
         words = [line.split() for line in text.split("\n")]
         assert {len(line) for line in words} == {0, 3}
         path.write_text(text.split("\n", 1)[1])
-        refused(capsys, score, "said:1: found", f"expected '{words[0][0]}'", main=evaluation.main)
+        right = f"expected '{words[0][0]}'"
+        refused(capsys, score, "said: near line 1: found", right, main=evaluation.main)
         path.write_text(text + "\nw1 O O\n")
-        message = f"said:{len(words) + 1}: found 'w1', expected 'no line'"
+        message = f"said: near line {len(words) + 1}: found 'w1', expected 'no line'"
         refused(capsys, score, message, main=evaluation.main)
 
 
@@ -649,16 +656,16 @@ def test_scores_of_glue_predictions(tiny, finished, tmp_path, capsys):
     assert capsys.readouterr().out == f"{path}: {evaluation.show(result_of(out)['metrics'])}\n"
     lines = path.read_text().splitlines(keepends=True)
     for changed, message in (
-        (lines[:-1], "said.tsv:61: found 'no line', expected '59'"),
-        ([*lines, "60\tyes\n"], "said.tsv:62: found '60', expected 'no line'"),
-        ([lines[0], *lines[2:]], "said.tsv:2: found '1', expected '0'"),
+        (lines[:-1], "said.tsv: near line 61: found 'no line', expected '59'"),
+        ([*lines, "60\tyes\n"], "said.tsv: near line 62: found '60', expected 'no line'"),
+        ([lines[0], *lines[2:]], "said.tsv: near line 2: found '1', expected '0'"),
         ([lines[0], "0\tmaybe\n"], 'unknown prediction "maybe", expected no or yes'),
         (lines[1:], 'no column "index"'),
     ):
         path.write_text("".join(changed))
         refused(capsys, score, message, main=evaluation.main)
     refused(capsys, score[:2], "--score takes --task or --task-file", main=evaluation.main)
-    refused(capsys, [*score, "--split", "test"], "has no labels", main=evaluation.main)
+    refused(capsys, [*score, "--split", "test"], 'has no "test" split', main=evaluation.main)
 
 
 def test_input(finished, tmp_path, capsys):
@@ -681,7 +688,7 @@ def test_input(finished, tmp_path, capsys):
     assert sentence == "w1 w2 w30"
     path.write_text("question\tcontext\n" + "w1 " * 30 + "\tw5\n")
     argv = [finished / "span-dense", "--input", path]
-    refused(capsys, argv, 'question "on line 1": its 30 tokens', main=evaluation.main)
+    refused(capsys, argv, 'question "number 1": its 30 tokens', main=evaluation.main)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -30,8 +30,8 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-import model
 import train
+from tools import common
 
 ROOT = Path(train.__file__).parent
 Run = train.Run
@@ -477,7 +477,7 @@ def test_processes_wait_for_a_long_download(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: joined.append(kwargs))
-    assert model.join_processes("cpu") == (1, 2, torch.device("cpu"))
+    assert common.join_processes("cpu") == (1, 2, torch.device("cpu"))
     assert joined[0]["timeout"] > timedelta(hours=1)
 
 

@@ -16,6 +16,7 @@ import textwrap
 import time
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from functools import wraps
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def program(main):
             silence(sys.stdout)
             text, status = "stopped: nothing reads the output any more", 141
         except (UserError, OSError) as error:
-            text, status = f"error: {error}", 2
+            text, status = f"error: {' '.join(str(error).splitlines())}", 2
         tell(text, sys.stderr)
         return status
 
@@ -366,6 +367,45 @@ class Log:
 
 # -------------------------------------------------------------------------------------------------
 # processes and the machine
+
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def pick_device(name):
+    """Return the torch.device for "auto", "cpu", "cuda" or "mps".
+
+    Raises UserError where this machine does not have it.
+    """
+    found = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = [kind for kind in found if found[kind]][0]
+    require(found[name], f"--device {name}: this machine, or this build of torch, has none")
+    return torch.device(name)
+
+
+def join_processes(device_name):
+    """Return (rank, world size, device) of this process, after it has joined the others.
+
+    Tensors on a CPU travel by gloo, and those on GPUs by nccl. The processes wait for each other
+    for three hours, because the first one on a machine may have to download and tokenise.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    launched = world == 1 or {"RANK", "MASTER_ADDR"} <= os.environ.keys()
+    require(launched, "WORLD_SIZE is set, but not by torchrun: use torchrun, or unset it")
+    rank = int(os.environ["RANK"]) if world > 1 else 0
+    device = pick_device(device_name)
+    if world > 1 and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=3))
+    return rank, world, device
 
 
 def from_rank_0(data, rank, world):

@@ -42,8 +42,9 @@ from torch.nn.utils.rnn import pad_sequence
 from data import collate, load_tokenizer
 from eval import evaluate, load_dev, load_run, measure, predict, show, to_predictions, trained_on
 from eval import write_predictions
-from model import HEADS, Bert, BertConfig, autocast, holds, inputs, pick_device, save_model
+from model import HEADS, Bert, BertConfig, autocast, holds, inputs, save_model
 from prune import encoder_matrices
+from tools.common import pick_device
 from tools.common import Parser, UserError, as_flag, atomic_write, is_stream, number, program
 from tools.common import read_json, read_safetensors, require
 from tools.masks import evaluate_masks, save_mask
@@ -80,13 +81,13 @@ def export(run, folder, which):
     """Write a run's model, with its masks applied, as a folder for `transformers`.
 
     The class that computes the same function depends on the output head:
-    - Pooler and classifier: BertForSequenceClassification.
-    - Label words by the whole MLM head: BertForMaskedLM. Its logits at position 0 are read at the
-      label words, which its config.json names in `label_words`.
-    - Label words alone: BertForTokenClassification, read at position 0. The rows of its classifier
-      are the embeddings of the words.
-    A task of the kind "span" or "tag" is read at every position. Its classes are
-    BertForQuestionAnswering and BertForTokenClassification, or BertForMaskedLM.
+    - A trained head: BertForSequenceClassification, BertForQuestionAnswering ("span") or
+      BertForTokenClassification ("tag").
+    - Label words by the whole MLM head: BertForMaskedLM. Its logits are read at the label words,
+      which its config.json names in `label_words`.
+    - Label words alone: BertForTokenClassification or ("span") BertForQuestionAnswering. The rows
+      of its linear layer are the embeddings of the words.
+    The kinds "classify" and "score" read them at position 0, the others at every position.
     """
     model, task, _, _ = load_run(run, which)
     write_export(folder, model, task, Path(run) / which)
@@ -398,6 +399,8 @@ def build_compact(about, state):
     with torch.device("meta"):  # only the structure: values and sizes come from the file
         head = (about["head"], about["outputs"], about["words"])
         kind = about.get("kind", "classify")  # older folders do not say it
+        if kind not in list(HEADS):
+            raise ValueError(f"kind is {kind!r}")
         model = Bert(config, *head, pooler, mlm, kind)
     model.words = torch.tensor(about["words"], dtype=torch.long)
     names = matrix_names(model)
@@ -703,7 +706,7 @@ def parse(argv):
     add("--task", help="the task, where the mask file does not name it")
     add("--task-file", metavar="JSON", help="your own task, if the run was on one")
     add("--words", nargs="+", help="label words other than the task's, in the order of the classes")
-    add("--data-dir", metavar="DIR", default="data", help="folder of the GLUE files; default data")
+    add("--data-dir", metavar="DIR", default="data", help="folder of the data; default data")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     return parser.parse_args(argv)
 

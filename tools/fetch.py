@@ -72,7 +72,9 @@ def download(source, path):
     address, sha256 = source
     mirror = os.environ.get("GLUE_URL", "https://dl.fbaipublicfiles.com/")
     url = urllib.parse.urljoin(f"{mirror.rstrip('/')}/", address)  # some addresses are whole
-    advice = f"run again, or put {path.name} into {path.parent}, or set GLUE_URL to a mirror"
+    advice = f"run again, or put {path.name} into {path.parent}"
+    if url != address:
+        advice += ", or set GLUE_URL to a mirror"
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
             size = int(response.headers.get("Content-Length", 0))

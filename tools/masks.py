@@ -142,6 +142,7 @@ def describe_mask(config, masks, packed):
         "base_sha256": config["model_sha256"],
         "task": s["task"],
         "labels": config["labels"],
+        "kind": task.kind,
         "words": list(task.words[-config["outputs"] :]),
         "method": s["method"],
         "density": s["density"],
@@ -272,7 +273,7 @@ def read_any_mask(path, base, sha256, shapes, task_name, task_file):
         if not task_name:
             raise UserError(f"{path}: a released mask does not name its task; give --task")
         kind = get_task(task_name, task_file).kind
-        length = RECIPES.get(kind, COMMON)["max_length"]
+        length = RECIPES.get(f"kind {kind}", COMMON)["max_length"]
         about = {"task": task_name, "max_length": length, "dtype": "fp32"}
         return about, read_released(path, shapes)
     about, payload = read_mask(path)

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 
 from eval import evaluate, load_dev, load_run, show
-from model import load_model, model_sha256, pick_device
+from model import load_model, model_sha256
 from prune import METHODS, encoder_matrices
+from tools.common import pick_device
 from tools.common import Parser, UserError, atomic_write, program, read_json, read_safetensors
 from tools.common import require, tell
 from tools.fetch import find_model
@@ -383,7 +384,7 @@ def main(argv=None):
     add("--density", metavar="V", type=float, nargs="+", help="evaluate at other densities")
     add("--plot", metavar="FILE", help="draw densities and training curves (PNG, PDF, SVG)")
     add("--best", action="store_true", help="--plot: the best checkpoint on dev, not the last step")
-    add("--data-dir", metavar="DIR", default="data", help="folder of the GLUE files; default data")
+    add("--data-dir", metavar="DIR", default="data", help="folder of the data; default data")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = parser.parse_args(argv)
     if len(args.runs) > 1 and (args.plot or args.density):
