@@ -548,6 +548,7 @@ def label_texts(loaded, device, path):
         texts, gold = read_split(own, "test", path, Path(path).read_bytes())
     if task.kind == "tag":
         texts = [text for text in texts if text.split()]
+        require(texts, f"{path}: no row of data")
     rows = [[text] if isinstance(text, str) else text for text in texts]
     if task.kind == "tag":
         texts = [text.split() for text in texts]

@@ -95,7 +95,7 @@ def conll_file(count, rng, scheme):
     lines = ["-DOCSTART- -X- O O", ""]
     for _ in range(count):
         before = "O"
-        for i in rng.integers(40, size=rng.integers(1, 12)):
+        for i in rng.integers(24, size=rng.integers(1, 12)):
             kind = {0: "PER", 1: "LOC"}.get(i // 10)
             goes_on = before == kind
             starts = "I" if scheme == "IOB1" else "B"

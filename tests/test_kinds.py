@@ -20,7 +20,7 @@ import model as bert
 import prune
 import train
 from data import UserError, get_task, load_dataset, load_tokenizer
-from tools import deploy, fetch
+from tools import deploy, fetch, report
 
 CPU = torch.device("cpu")
 KINDS = ("span", "tag")
@@ -549,10 +549,13 @@ def finished(tiny, kinds, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     for kind in KINDS:
         for method in ("dense", "smp-s"):
-            flags = [*tiny, "--task-file", kinds[kind], "--max-steps", "12", "--density", "1"]
+            flags = [*tiny, "--task-file", kinds[kind], "--max-steps", "60", "--density", "1"]
             if method == "smp-s":
                 flags[-1] = "0.3"
-            run(flags, folder / f"{kind}-{method}", method=method)
+            options = {"method": method, "lr": 2e-3, "dropout": 0}
+            result = run(flags, folder / f"{kind}-{method}", **options)
+            main_metric = list(result["metrics"].values())[0]
+            assert main_metric > 0.02, result["metrics"]  # so that equal metrics mean something
     return folder
 
 
@@ -686,6 +689,8 @@ def test_input(finished, tmp_path, capsys):
     tags, sentence = first.split("\t")
     assert len(tags.split()) == 3
     assert sentence == "w1 w2 w30"
+    path.write_text("sentence\n  \n")
+    refused(capsys, [finished / "tag-smp-s", "--input", path], "no row", main=evaluation.main)
     path.write_text("question\tcontext\n" + "w1 " * 30 + "\tw5\n")
     argv = [finished / "span-dense", "--input", path]
     refused(capsys, argv, 'question "number 1": its 30 tokens', main=evaluation.main)
@@ -710,6 +715,24 @@ def test_shipping(kind, finished, kinds, tiny, tmp_path, capsys):
     argv = ["--model", tiny[1], "--task-file", kinds[kind], "--mask", str(mask)]
     assert deploy.main(argv) == 0
     assert reported in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reports(kind, finished, tiny, kinds, tmp_path, capsys):
+    """A run ranked anew at its own density has its own metrics; a run with a pattern has a row."""
+    out = finished / f"{kind}-smp-s"
+    reported = evaluation.show(result_of(out)["metrics"])
+    assert report.main([str(out), "--density", "0.5", "0.3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].endswith(f": {reported}")
+    if kind == "span":  # the small model says the same of every word
+        assert not lines[-2].endswith(f": {reported}")
+    flags = [*tiny, "--task-file", kinds[kind], "--max-steps", "4", "--density", "0.5"]
+    run(flags, tmp_path / "head", method="smp-s", pattern="head")
+    assert report.main([str(out), str(tmp_path / "head")]) == 0
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    assert [f"| {kind}s | smp-s" in row for row in rows] == [True, True]
+    assert "(head)" in rows[0]
 
 
 @pytest.mark.parametrize("mlm", [True, False])
