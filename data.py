@@ -32,7 +32,9 @@ import numpy as np
 import safetensors.numpy
 import torch
 from safetensors import SafetensorError
-from tokenizers import BertWordPieceTokenizer, Tokenizer
+from tokenizers import AddedToken, BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import RobertaProcessing
 
 from tools.common import Parser, UserError, atomic_write, cache_home, live, program, read_json
 from tools.common import require, tell, writable
@@ -198,7 +200,7 @@ OTHER_TASKS = (
               "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9"))),
     Task(name="conll2003", folder="CoNLL-2003", kind="tag",
          labels=("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC"),
-         words=("the", "john", "smith", "company", "inc", "london", "england", "german", "cup"),
+         words=("the", "John", "Smith", "company", "Inc", "London", "England", "German", "Cup"),
          metrics=METRICS_OF["tag"],
          files={"train": "CoNLL-2003/train.txt", "dev": "CoNLL-2003/valid.txt",
                 "test": "CoNLL-2003/test.txt"},
@@ -501,18 +503,21 @@ IGNORED = -100  # the label of a token at which nothing is decided
 def load_tokenizer(model_dir, vocab_size):
     """Return the tokenizer of a checkpoint folder, which neither pads nor truncates.
 
-    It is read from tokenizer.json or, without this file, built from vocab.txt. Raises UserError if
-    neither file is there, or if an id is not below `vocab_size`, the rows of the embedding.
+    It is read from tokenizer.json or, without this file, built from BERT's vocab.txt, or from
+    RoBERTa's vocab.json and merges.txt. Raises UserError if none is there, or if an id is not below
+    `vocab_size`, the rows of the embedding.
     """
-    path = Path(model_dir, "tokenizer.json")
-    if not path.is_file():
-        path = Path(model_dir, "vocab.txt")
-    require(path.is_file(), f"{model_dir}: neither tokenizer.json nor vocab.txt; copy one there")
+    builders = {
+        "tokenizer.json": Tokenizer.from_file,
+        "vocab.txt": build_tokenizer,
+        "vocab.json": build_byte_tokenizer,
+    }
+    paths = [Path(model_dir, name) for name in builders]
+    there = [path for path in paths if path.is_file()]
+    require(there, f"{model_dir}: none of {', '.join(builders)}; copy one there")
+    path = there[0]
     try:
-        if path.suffix == ".txt":
-            tokenizer = build_tokenizer(path)
-        else:
-            tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = builders[path.name](str(path))
     except Exception as error:  # the library raises bare Exceptions
         raise UserError(f"{path}: not a tokenizer of BERT's kind ({error})") from None
     tokenizer.no_padding()
@@ -528,10 +533,10 @@ def build_tokenizer(path):
 
     Switches such as "do_lower_case" come from the tokenizer_config.json beside it, if there is one.
     """
-    config = path.with_name("tokenizer_config.json")
+    config = Path(path).with_name("tokenizer_config.json")
     config = read_json(config) if config.is_file() else {}
     tokenizer = BertWordPieceTokenizer.from_file(
-        str(path),
+        path,
         handle_chinese_chars=config.get("tokenize_chinese_chars", True),
         strip_accents=config.get("strip_accents"),  # None: strip them if we lowercase
         lowercase=config.get("do_lower_case", True),
@@ -541,11 +546,36 @@ def build_tokenizer(path):
     return Tokenizer.from_str(tokenizer.to_str())
 
 
+def build_byte_tokenizer(path):
+    """Return RoBERTa's tokenizer from vocab.json and the merges.txt beside it."""
+    merges = str(Path(path).with_name("merges.txt"))
+    tokenizer = ByteLevelBPETokenizer.from_file(path, merges, trim_offsets=True)
+    first, last = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
+    tokenizer.post_processor = RobertaProcessing(last, first, add_prefix_space=False)
+    mask = AddedToken("<mask>", lstrip=True)
+    tokenizer.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", mask])
+    return Tokenizer.from_str(tokenizer.to_str())
+
+
+def is_byte_level(tokenizer):
+    """Is it RoBERTa's kind, for which a space belongs to the word after it?"""
+    return isinstance(tokenizer.pre_tokenizer, ByteLevel)
+
+
+# RoBERTa's label words with a capital (SMP, released code)
+CAPITAL = ("yes", "no", "maybe")
+
+
 def word_ids(tokenizer, words):
-    """Return the ids of label words. Raises UserError unless each is one token of its own."""
+    """Return the ids of label words. Raises UserError unless each is one token of its own.
+
+    For RoBERTa a word stands after a space.
+    """
     unknown = tokenizer.token_to_id("[UNK]")
     ids = []
     for word in words:
+        if is_byte_level(tokenizer):
+            word = " " + (word.capitalize() if word in CAPITAL else word)
         encoding = tokenizer.encode(word, add_special_tokens=False)
         new = [i for i in encoding.ids if i not in (unknown, *ids)]
         expected = f"expected one token, which no other word has; it is {encoding.tokens}"
@@ -759,6 +789,8 @@ def encode_words(texts, gold, labels, tokenizer, max_length):
     """Return the arrays of sentences that are lists of words. Of a long one the end is cut."""
     tokenizer = copy_of(tokenizer)
     tokenizer.enable_truncation(max_length)
+    if is_byte_level(tokenizer):
+        tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)  # each word has its space
     rows = []
     for words, tags in zip(texts, gold):
         encoding = tokenizer.encode(words, is_pretokenized=True)

@@ -53,6 +53,17 @@ class BertConfig:
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     pad_token_id: int = 0
+    model_type: str = "bert"  # or "roberta"
+
+    @property
+    def first_position(self):
+        """Return the row of the first token's position. RoBERTa counts from its padding id + 1."""
+        return self.pad_token_id + 1 if self.model_type == "roberta" else 0
+
+    @property
+    def positions(self):
+        """Return the number of tokens that a text can have."""
+        return self.max_position_embeddings - self.first_position
 
 
 # -------------------------------------------------------------------------------------------------
@@ -71,11 +82,13 @@ class Embeddings(nn.Module):
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.first_position = config.first_position
 
     def forward(self, input_ids, token_type_ids):
         hidden = self.word_embeddings(input_ids)  # (B, T, C)
         hidden = hidden + self.token_type_embeddings(token_type_ids)
-        hidden = hidden + self.position_embeddings.weight[: input_ids.size(1)]
+        positions = self.position_embeddings.weight[self.first_position :]
+        hidden = hidden + positions[: input_ids.size(1)]
         return self.dropout(self.LayerNorm(hidden))
 
 
@@ -240,6 +253,8 @@ class Bert(nn.Module):
         embedding = self.bert.embeddings.word_embeddings.weight  # (V, C)
         if self.output_head == "classifier":
             if first_only:
+                if self.config.model_type == "roberta":
+                    hidden = self.dropout(hidden)
                 hidden = torch.tanh(self.bert.pooler["dense"](hidden))
             name, _ = HEADS[self.kind]
             logits = self.get_submodule(name)(self.dropout(hidden))  # (..., C) -> (..., K)
@@ -369,7 +384,6 @@ def model_sha256(folder):
 
 
 SUPPORTED = {
-    "model_type": "bert",
     "hidden_act": "gelu",
     "position_embedding_type": "absolute",
     "is_decoder": False,
@@ -383,8 +397,10 @@ def read_config(folder):
     for key, value in SUPPORTED.items():
         found = raw.get(key, value)
         require(found == value, f"{path}: {key} is {found!r}; only {value!r} is supported")
-    values = {}
-    for field in fields(BertConfig):
+    values = {"model_type": raw.get("model_type", "bert")}
+    known = values["model_type"] in ("bert", "roberta")
+    require(known, f"{path}: model_type is {values['model_type']!r}; expected bert or roberta")
+    for field in fields(BertConfig)[:-1]:
         value = raw.get(field.name, field.default)
         most = 1 if field.name.endswith("prob") else 10**9
         valid = type(value) in (int, field.type) and 0 <= value <= most
@@ -400,9 +416,22 @@ def read_config(folder):
     return config
 
 
+# RoBERTa's names, and ours, which are BERT's. RoBERTa's own pooler is not used.
+ROBERTA = {
+    "roberta.pooler.": "cls.unused.",
+    "classifier.dense.": "bert.pooler.dense.",
+    "classifier.out_proj.": "classifier.",
+    "lm_head.dense.": "cls.predictions.transform.dense.",
+    "lm_head.layer_norm.": "cls.predictions.transform.LayerNorm.",
+    "lm_head.": "cls.predictions.",
+    "roberta.": "bert.",
+}
+
+
 def read_checkpoint(folder):
     """Return {name: tensor} of a checkpoint in float32, under Hugging Face's names of today."""
     tensors = {}
+    kind = read_config(folder).model_type
     for path in model_files(folder):
         for name, tensor in read_safetensors(path)[0].items():
             if name.endswith("position_ids"):  # a buffer that old versions saved
@@ -410,7 +439,9 @@ def read_checkpoint(folder):
             if name.endswith((".gamma", ".beta")):  # LayerNorm in checkpoints from TensorFlow
                 name = name.replace(".gamma", ".weight").replace(".beta", ".bias")
             if name.startswith(("embeddings.", "encoder.", "pooler.")):  # from a bare BertModel
-                name = "bert." + name
+                name = f"{kind}.{name}"
+            for theirs, ours in ROBERTA.items():
+                name = name.replace(theirs, ours) if name.startswith(theirs) else name
             tensors[name] = tensor.float()
     decoder = tensors.pop("cls.predictions.decoder.weight", None)
     embedding = tensors.get("bert.embeddings.word_embeddings.weight")
@@ -490,6 +521,8 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.txt",
+    "vocab.json",
+    "merges.txt",
     "special_tokens_map.json",
 )
 
@@ -508,7 +541,6 @@ def save_model(folder, model, state, source, labels, kind=None):
             _, kind = HEADS[model.kind]
     config = {
         "architectures": [kind],
-        "model_type": "bert",
         "hidden_act": "gelu",
         **vars(model.config),
         "position_embedding_type": "absolute",
@@ -520,6 +552,9 @@ def save_model(folder, model, state, source, labels, kind=None):
         config["id2label"] = {0: "score"}
         config["label2id"] = {"score": 0}
         config["problem_type"] = "regression"
+    if model.config.model_type == "roberta":
+        config["architectures"] = [kind.replace("Bert", "Roberta")]
+        state = roberta_names(state)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     atomic_write(folder / "model.safetensors", to_safetensors(state, metadata={"format": "pt"}))
     write_json(folder / "config.json", config)
@@ -528,3 +563,16 @@ def save_model(folder, model, state, source, labels, kind=None):
             path = Path(source) / name
             if path.exists():
                 atomic_write(folder / name, path.read_bytes())
+
+
+def roberta_names(state):
+    """Return a state dict under RoBERTa's names. With a pooler, the classifier has two layers."""
+    has_pooler = holds(state, "bert.pooler.")
+    renamed = {}
+    for name, tensor in state.items():
+        for theirs, ours in ROBERTA.items():
+            if name.startswith(ours) and (has_pooler or ours != "classifier."):
+                name = theirs + name.removeprefix(ours)
+                break
+        renamed[name] = tensor
+    return renamed

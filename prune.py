@@ -28,8 +28,10 @@ from torch import nn
 # the schedule
 
 
-def cubic_at(step, first, last, start, end):
+def cubic_at(step, first, last, start, end, power=3):
     """Return `first` until step `start`, `last` from step `end`, and a cubic curve between them.
+
+    With `power` 1 the curve is a line.
 
     1.0 |***
         |   *
@@ -46,7 +48,7 @@ def cubic_at(step, first, last, start, end):
     if step >= end:
         return last
     left = 1 - (step - start) / (end - start)
-    return last + (first - last) * left**3
+    return last + (first - last) * left**power
 
 
 # -------------------------------------------------------------------------------------------------
@@ -197,7 +199,8 @@ class Dense:
 
     def density(self, step):
         """Return the density asked for at `step`."""
-        return cubic_at(step, 1.0, self.settings.density, self.start, self.end)
+        power = getattr(self.settings, "ramp_power", 3)  # older runs do not say it
+        return cubic_at(step, 1.0, self.settings.density, self.start, self.end, power)
 
     def settled(self, step):
         """Is the density after `step` steps the final one? The best is chosen among such steps."""

@@ -97,6 +97,7 @@ class Settings:
     score_lr: RATE = None  # peak learning rate of the scores; recipe by method
     hold: BELOW_ONE = None  # fraction of the run at density 1, before the ramp; recipe by method
     ramp: POSITIVE_SHARE = None  # fraction of the run in which density falls; recipe by method
+    ramp_power: COUNT = None  # how it falls: 3 is a cubic, 1 a line; recipe 3, smp on roberta 1
     reg_lambda: RATE = None  # final weight of the regulariser; recipe 400, l0 125
     temperature_s: POSITIVE = None  # p in SMP-S's sigmoid(S/p); recipe 1, 3, 4 by density (code)
     redistribute: bool = True  # SMP-S: pass on what a full matrix cannot take; no: as released
@@ -128,6 +129,7 @@ COMMON = {
     "density": 0.1,
     "hold": 0.0,
     "ramp": 1.0,
+    "ramp_power": 3,
     "score_lr": 0.0,
     "reg_lambda": 0.0,
     "temperature_s": 1.0,
@@ -179,6 +181,7 @@ RECIPES |= {
     "dense wnli": SMALL,
     "dense demo": DEMO,
     "smp kind span": {"epochs": 10, "source": "SMP on SQuAD, released run script"},
+    "smp on roberta": {"ramp_power": 1},  # by the name of the model, as in the released script
     "smp kind tag": {"epochs": 20, "source": "our choice; SMP has no tagging"},
     "smp mnli": LARGE,
     "smp qnli": LARGE,
@@ -215,6 +218,8 @@ def recipe(s):
     name = METHODS[s.method].recipe
     kind = get_task(s.task, s.task_file).kind
     rows = (name, f"kind {kind}", f"{name} kind {kind}", f"{name} {s.task}")
+    if "roberta" in s.model.lower():
+        rows += (f"{name} on roberta",)
     values = {}
     for row in rows:
         values |= RECIPES.get(row, {})
@@ -366,7 +371,7 @@ class Run:
     def prepare_model(self, s):
         """Load the tokenizer and the model; check the settings that depend on its sizes."""
         config = read_config(self.source)
-        most = config.max_position_embeddings
+        most = config.positions
         require(
             s.max_length <= most, f"--max-length {s.max_length}: {s.model} has {most} positions"
         )

@@ -63,10 +63,10 @@ def test_tokens_are_counted_without_layout_comments_and_docstrings():
 
 
 def test_budget():
-    """The five files have at most 24,000 tokens, and prune.py at most 4,700 of them."""
+    """The five files have at most 24,500 tokens, and prune.py at most 4,700 of them."""
     sources = {name: (ROOT / f"{name}.py").read_text(encoding="utf-8") for name in FILES}
     tokens = {name: count_tokens(source) for name, source in sources.items()}
-    assert sum(tokens.values()) <= 24_000, (sum(tokens.values()), tokens)
+    assert sum(tokens.values()) <= 24_500, (sum(tokens.values()), tokens)
     assert tokens["prune"] <= 4_700, tokens
     for name, source in sources.items():
         assert source.count("\n") <= 950, name

@@ -320,7 +320,7 @@ def mismatches():
         cases[f"index {content}"] = replaced(INDEX, content, shards=2), [INDEX, "JSON"]
 
     wrong = {
-        "model_type": "roberta",
+        "model_type": "electra",
         "hidden_act": "gelu_new",
         "position_embedding_type": "relative_key",
         "is_decoder": True,

@@ -580,7 +580,7 @@ def test_evaluation_agrees_with_the_run(finished, capsys):
         if method in ("dense", "smp-s"):
             assert evaluation.main([str(out), "--data-dir", data_dir]) == 0
             printed = capsys.readouterr().out
-            assert f"accuracy     {100 * metrics['accuracy']:.2f}" in printed
+            assert f"accuracy          {100 * metrics['accuracy']:.2f}" in printed
 
 
 def test_predictions_file(finished, tmp_path):

@@ -109,11 +109,11 @@ def write_export(folder, model, task, source):
     save_model(folder, model, state, source, labels, kind)
     config = read_json(folder / "config.json")
     kind = config["architectures"][0]
-    if kind == "BertForMaskedLM":
+    if kind.endswith("ForMaskedLM"):
         config["label_words"] = task.words[-model.outputs :]
         config["label_word_ids"] = model.words.tolist()
         atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    print(f"{folder}: {kind}, for transformers.AutoModel{kind.removeprefix('Bert')}")
+    print(f"{folder}: {kind}, for transformers.AutoModel{kind[kind.find('For') :]}")
 
 
 # -------------------------------------------------------------------------------------------------

@@ -154,7 +154,8 @@ def from_hub(name):
     """Return the folder of a Hugging Face id in the hub's cache; download what is not there."""
     import huggingface_hub as hub  # it is slow to import, and only needed here
 
-    wanted = ["config.json", "*.safetensors", "*.index.json", "vocab.txt", "tokenizer*.json"]
+    wanted = ["config.json", "*.safetensors", "*.index.json", "tokenizer*.json"]
+    wanted += ["vocab.txt", "vocab.json", "merges.txt"]
     options = {"allow_patterns": wanted, "ignore_patterns": "*/*"}
     try:
         # without this question, snapshot_download would wait without end for a dead server

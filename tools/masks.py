@@ -301,7 +301,7 @@ def evaluate_masks(base, paths, device, data_dir, task_name=None, words=(), task
         else:  # a released mask does not say what it was trained on
             task = get_task(task_name, task_file)
         length = about["max_length"]
-        longest = model.config.max_position_embeddings
+        longest = model.config.positions
         fits = 8 <= length <= longest
         require(fits, f"{path}: texts of {length} tokens; {base} takes 8 to {longest}")
         label_words = words or about.get("words") or task.words
