@@ -314,7 +314,7 @@ def load_run(run, which="model"):
     require(folder.is_dir(), f"{run}: has no {which}/ yet; continue the run with --resume")
     task = trained_on(run, settings | config)
     tokenizer = load_tokenizer(folder, read_json(folder / "config.json").get("vocab_size", 0))
-    output_head = METHODS[settings["method"]].output_head
+    output_head = METHODS[settings["method"]].output_head or config["output_head"]
     head = (output_head, config["outputs"], config["words"])
     model = load_model(folder, *head, new_head=False, kind=task.kind)
     return model, task, tokenizer, settings

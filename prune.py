@@ -155,6 +155,8 @@ class Dense:
     recipe = "dense"  # the row of train.py's RECIPES
     output_head = "classifier"  # or "words": the label words, without a new weight
     top_k = False  # the density alone tells how many weights stay; then patterns are possible, too
+    masks = False  # weights that are not kept are remembered, and can come back
+    first = 1.0  # the density at which the ramp starts
 
     def __init__(self, model, settings, total_steps):
         self.model = model
@@ -200,7 +202,7 @@ class Dense:
     def density(self, step):
         """Return the density asked for at `step`."""
         power = getattr(self.settings, "ramp_power", 3)  # older runs do not say it
-        return cubic_at(step, 1.0, self.settings.density, self.start, self.end, power)
+        return cubic_at(step, self.first, self.settings.density, self.start, self.end, power)
 
     def settled(self, step):
         """Is the density after `step` steps the final one? The best is chosen among such steps."""
@@ -225,6 +227,7 @@ class Masked(Dense):
     layer = MaskedLinear
     initial = 0.0  # value of the scores at the start; None: there are none
     top_k = True
+    masks = True
 
     def __init__(self, model, settings, total_steps):
         super().__init__(model, settings, total_steps)
@@ -365,7 +368,8 @@ class SoftMovement(Movement):
     top_k = False
 
     def tau(self, step):
-        return cubic_at(step, 0.0, self.threshold, self.start, self.end)
+        first = 0.0 if self.first == 1 else self.threshold
+        return cubic_at(step, first, self.threshold, self.start, self.end)
 
     def settled(self, step):
         target = self.settings.density
@@ -444,10 +448,38 @@ class L0(SoftMovement):
 
 
 # -------------------------------------------------------------------------------------------------
+# no ranking
+
+
+class Fixed(Dense):
+    """Fine-tune what a run has kept: a weight that is 0 at the start stays 0. It is no criterion."""
+
+    recipe = "fixed"
+    output_head = None  # that of the run to start from
+
+    def __init__(self, model, settings, total_steps):
+        super().__init__(model, settings, total_steps)
+        matrices = encoder_matrices(model).values()
+        self.weights = [linear.weight for peers in matrices for linear in peers]
+        self.held = None  # the masks of the weights that were not 0 at the start
+
+    @torch.no_grad()
+    def update(self, step):
+        if self.held is None:
+            self.held = [weight != 0 for weight in self.weights]
+        for weight, mask in zip(self.weights, self.held):
+            weight.mul_(mask).add_(0.0)  # -0.0 becomes 0.0
+
+    def achieved(self):
+        kept = torch.stack([weight.count_nonzero() for weight in self.weights]).sum()
+        return int(kept) / sum(weight.numel() for weight in self.weights)
+
+
+# -------------------------------------------------------------------------------------------------
 # PINS
 
 
-class Pins(Dense):
+class Pins(Fixed):
     """PINS: zero the weights of least importance in the whole encoder; train all of them.
 
     The 0-1 ILP: choose k weights (m_i = 1) so that a gradient step under the mask m lowers the loss
@@ -462,6 +494,7 @@ class Pins(Dense):
     """
 
     recipe = "pins"
+    output_head = "classifier"
 
     def __init__(self, model, settings, total_steps):
         super().__init__(model, settings, total_steps)
@@ -470,8 +503,6 @@ class Pins(Dense):
                 f"the ramp ends at step {self.end:g} of {total_steps}, and {self.recipe} ranks "
                 f"after it and after {settings.pins_window} steps: use more steps or a smaller ramp"
             )
-        matrices = encoder_matrices(model).values()
-        self.weights = [linear.weight for peers in matrices for linear in peers]
         self.sizes = [weight.numel() for weight in self.weights]
         # Flat, over all matrices: the mean of I in the present window, the moving average of these
         # means, and the moving average of how far they lie from it (the uncertainty).
@@ -517,15 +548,13 @@ class Pins(Dense):
 
     @torch.no_grad()
     def update(self, step):
+        if self.first < 1:  # what the run to start from had at 0 stays 0
+            super().update(step)
         if self.mask is None:
             return
         for weight, mask in zip(self.weights, self.mask.split(self.sizes)):
             weight.mul_(mask.view_as(weight)).add_(0.0)  # (numel,) -> (out, in); -0.0 becomes 0.0
         self.mask = None
-
-    def achieved(self):
-        kept = torch.stack([weight.count_nonzero() for weight in self.weights]).sum()
-        return int(kept) / sum(self.sizes)
 
     def state(self):
         return {"window": self.window, "ema": self.ema, "uncertainty": self.unc}
@@ -549,7 +578,7 @@ class Sensitivity(Platon):
         return self.ema
 
 
-METHODS = {
+CRITERIA = {
     "dense": Dense,
     "magnitude": Magnitude,
     "l0": L0,
@@ -561,6 +590,7 @@ METHODS = {
     "platon": Platon,
     "pins": Pins,
 }
+METHODS = CRITERIA | {"fixed": Fixed}
 
 
 # -------------------------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -37,14 +36,14 @@ from safetensors.torch import save as to_safetensors
 from torch.nn.parallel import DistributedDataParallel
 
 from data import batches, collate, get_task, load_dataset, load_tokenizer, micro_batches, word_ids
-from eval import Teacher, evaluate, load_dev, show, warn_of_density
-from model import autocast, decisions, inputs, load_model, model_sha256
-from model import pick_dtype, read_config, save_model, send, task_loss
+from eval import Teacher, described, evaluate, load_dev, load_run, show, warn_of_density
+from model import HEADS, autocast, decisions, inputs, load_model, model_sha256, pick_dtype
+from model import read_checkpoint, read_config, save_model, send, task_loss
 from prune import METHODS, TIED, baked_state, n_of_m
-from tools.common import DEVICES, join_processes
-from tools.common import Log, UserError, as_flag, atomic_write, from_rank_0, is_rank_0, live, lock
-from tools.common import number, parse_safetensors, parse_settings, peak_memory, program, read_json
-from tools.common import require, show_settings, surroundings, sweep, tell, write_json
+from tools.common import DEVICES, Log, UserError, as_flag, atomic_write, claimed, from_rank_0
+from tools.common import join_processes, live, number, parse_safetensors, parse_settings
+from tools.common import peak_memory, program, read_json, read_safetensors, require, show_settings
+from tools.common import surroundings, tell, write_json
 from tools.fetch import find_model
 
 # -------------------------------------------------------------------------------------------------
@@ -75,6 +74,7 @@ class Settings:
     task_file: str = None  # your own task: a JSON file, see README
     method: tuple(METHODS) = "smp-s"  # how to prune
     density: POSITIVE_SHARE = None  # fraction kept; recipe 0.1, pins 0.2 (span 0.1), l0, soft none
+    from_run: str = None  # a finished run to start from, on the same model
     out: str = None  # run folder; default runs/TASK-METHOD-DENSITY-sSEED
     resume: bool = False  # continue the run in --out bit-exactly from its last checkpoint
 
@@ -169,6 +169,7 @@ RECIPES = {
     "pins": PINS | {"teacher": "self"},
     "platon": PINS,
     "sensitivity": PINS | {"beta1": 0.0},
+    "fixed": DENSE | {"density": None},
 }
 RECIPES |= {f"{name} demo": DEMO_PRUNED for name in RECIPES}
 RECIPES |= {
@@ -301,6 +302,7 @@ class Progress:
     metrics: dict = None  # of the last evaluation
     best: dict = None  # metrics and step of the best evaluation at the final density
     teacher: float = None  # the metric of the present teacher, which a new one must exceed
+    first_density: float = 1.0  # at which the ramp starts
     teacher_file: str = None  # the file of its table; None: not written yet
     seconds: float = 0.0  # in all
     eval_seconds: float = 0.0  # of these, in evaluations
@@ -354,8 +356,11 @@ class Run:
         if saved:
             load_checkpoint(self, saved, path)
             tell(f"resumed {self.out} at step {self.progress.step}")
-        elif self.teacher.dense_run:
+        elif s.from_run:
+            begin_from(self, Path(s.from_run))
+        if self.teacher.dense_run and not saved:
             self.teacher.load(self)
+        self.method.first = self.progress.first_density
         if self.progress.step == 0 and self.rank == 0:
             write_json(self.out / "config.json", describe(self))
         self.log.cut(self.progress.step if saved else -1)
@@ -381,6 +386,10 @@ class Run:
         require(fits, f"--pattern {s.pattern}: {s.model} is {widths} wide")
         self.tokenizer = load_tokenizer(self.source, config.vocab_size)
         head = METHODS[s.method].output_head
+        if s.from_run:
+            self.origin = read_origin(s, self.source)
+            head = head or self.origin["output_head"]
+        require(head, f"--method {s.method}: needs a run to start from; give --from RUN")
         self.words = []
         if head == "words":
             by_logit = self.task.regression and s.regression == "logit"
@@ -432,6 +441,39 @@ class Run:
         tensors = self.method.tensors()
         if tensors and self.rank == 0:
             save_tensors(folder / "scores.safetensors", tensors, format="pt")
+
+
+def read_origin(s, source):
+    """Return config.json of the run to start from.
+
+    Raises UserError where it is not finished, or of another model or method.
+    """
+    name = f"--from {s.from_run}"
+    _, task, _, settings = load_run(s.from_run)
+    config = read_json(Path(s.from_run, "config.json"))
+    finished = Path(s.from_run, "result.json").is_file()
+    require(finished, f"{name}: not finished; continue it with --resume")
+    same = config["model_sha256"] == model_sha256(source)
+    require(same, f"{name}: it began with {settings['model']}, which is not {s.model}")
+    fits = settings["method"] == s.method or METHODS[s.method].output_head is None
+    require(fits, f"{name}: a {settings['method']} run; expected {s.method}, or --method fixed")
+    head = METHODS[settings["method"]].output_head
+    return {"output_head": head} | config | {"described": described(task)}
+
+
+def begin_from(run, folder):
+    """Give a run what a finished one has learned, but not its output head for other labels."""
+    tensors = read_checkpoint(folder / "model")
+    if run.method.masks:
+        tensors |= read_safetensors(folder / "checkpoint.safetensors")[0]
+    head, _ = HEADS[run.task.kind]
+    same = run.origin["described"] == described(run.task)
+    with torch.no_grad():
+        for name, p in run.model.named_parameters():
+            if name in tensors and (same or not name.startswith(head)):
+                p.copy_(tensors[name])
+    run.progress.first_density = read_json(folder / "result.json")["achieved_density"]
+    tell(f"starts from {folder} at density {run.progress.first_density:.4f}")
 
 
 def lr_at(step, total_steps, warmup):
@@ -600,51 +642,6 @@ def evaluate_step(run, step):
 # the run folder
 
 
-@contextlib.contextmanager
-def claimed(s, command):
-    """Let no other process train in the folder s.out, and remove what a killed one left there.
-
-    What is locked is metrics.jsonl. The demo deletes the files of an earlier demo. Raises UserError
-    where something else is in the folder, unless that is a run to resume. A folder in which nothing
-    was written is removed at the end.
-    """
-    if not is_rank_0():
-        yield
-        return
-    out = Path(s.out)
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "metrics.jsonl", "ab") as log:
-        free = lock(log) != "taken" and os.fstat(log.fileno()).st_nlink  # 0: deleted meanwhile
-        require(free, f"--out {out}: another process trains there")
-        try:
-            is_run = (out / "config.json").exists()
-            if command == DEMO_COMMAND and is_run:
-                clear_demo(out, log)
-            elif not (s.resume and is_run):
-                empty = os.listdir(out) == ["metrics.jsonl"] and os.path.getsize(log.name) == 0
-                require(empty, f"--out {out}: not empty; add --resume to a run, or name another")
-            sweep(out.rglob(".*.????????.tmp"))
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                if os.path.getsize(log.name) == 0:
-                    os.remove(log.name)
-                    out.rmdir()
-
-
-def clear_demo(out, log):
-    """Delete what an earlier demo wrote into `out`; its log stays, empty and locked."""
-    same = read_json(out / "config.json").get("command") == DEMO_COMMAND
-    require(same, f"{out}: not made by `{DEMO_COMMAND}`; move it away, or give --out")
-    for name in ("model", "best"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("config.json", "result.json"):
-        (out / name).unlink(missing_ok=True)
-    for path in out.glob("*.safetensors"):
-        path.unlink()
-    log.truncate(0)
-
-
 def remembered(run):
     """Return {name: tensor} of what checkpoint.safetensors holds besides `Progress`.
 
@@ -737,6 +734,7 @@ def describe(run):
         "labels": list(run.task.labels),
         "kind": run.task.kind,
         "outputs": run.model.outputs,
+        "output_head": run.model.output_head,
         "words": run.words,
         "command": run.command,
         "model_sha256": model_sha256(run.source),
@@ -783,7 +781,7 @@ def finish(run):
 
 def train(s, command):
     """Run the settings `s` and return what result.json holds."""
-    with claimed(s, command):
+    with claimed(Path(s.out), s.resume, command == DEMO_COMMAND):
         run = Run(s, command)
         train_run(run)
         return finish(run)
@@ -836,6 +834,8 @@ def resumed(given, out):
 
 def choose(given):
     """Return the settings, and the source of those that were not given: a run, or a recipe."""
+    both = given.get("from_run") and given.get("resume")
+    require(not both, "--from and --resume: give one; a run remembers where it began")
     if given.get("resume"):
         out = Path(given.get("out") or settings_from(given).out)
         if (out / "config.json").exists():

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import train
-from prune import METHODS
+from prune import CRITERIA
 
 CASES = [
     "--method dense --dtype fp16",
@@ -97,7 +97,7 @@ def errors(tiny, kinds, tmp_path_factory):
 
 
 def test_every_method_has_a_case():
-    assert {case.split()[1] for case in CASES} == set(METHODS)
+    assert {case.split()[1] for case in CASES} == set(CRITERIA)
 
 
 @pytest.mark.parametrize("case", CASES)

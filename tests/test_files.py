@@ -77,7 +77,7 @@ def test_a_run_is_resumed_by_one_process_only(tiny, made, capsys):
     out = made / "smp-s"
     before = contents(out)
     settings = train.Settings(out=str(out), resume=True)
-    with train.claimed(settings, "a command"):
+    with train.claimed(out, settings.resume, False):
         refused(capsys, ["--out", out, "--resume"], out, "another process trains there")
     assert contents(out) == before
     assert train.main(["--out", str(out), "--resume"]) == 0

@@ -559,7 +559,7 @@ def finished(tiny, kinds, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("method", prune.CRITERIA)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_method_runs(kind, method, tiny, kinds, tmp_path):
     """Each method trains on each kind of task, with a teacher, and its loss stays finite."""

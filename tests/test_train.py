@@ -113,14 +113,14 @@ def same(a, b):
 def finished(tiny, tmp_path_factory):
     """A folder with one finished run of each method, named like the method."""
     folder = tmp_path_factory.mktemp("finished")
-    for method in prune.METHODS:
+    for method in prune.CRITERIA:
         run(tiny, folder / method, method=method, lr=1e-3)
     return folder
 
 
 def test_run_folder(finished):
     """A run leaves a result, its settings, a log of every step, and a model of the density said."""
-    for method in prune.METHODS:
+    for method in prune.CRITERIA:
         out = finished / method
         result = result_of(out)
         assert list(result) == RESULT
@@ -570,7 +570,7 @@ def test_evaluation_agrees_with_the_run(finished, capsys):
 
     eval.py prints them.
     """
-    for method in prune.METHODS:
+    for method in prune.CRITERIA:
         out = finished / method
         metrics = result_of(out)["metrics"]
         model, task, tokenizer, settings = evaluation.load_run(out)

@@ -32,7 +32,7 @@ from torch import nn
 from data import batches, collate, encode, get_task, load_dataset, load_tokenizer
 from eval import predict
 from model import Bert, BertConfig, autocast, inputs, send, task_loss
-from prune import METHODS, kth_largest, kth_largest_on_device, mask_matrices
+from prune import CRITERIA, METHODS, kth_largest, kth_largest_on_device, mask_matrices
 from tools import deploy
 from tools.common import pick_device
 from tools.common import Parser, UserError, program, read_json
@@ -462,7 +462,7 @@ def parse(argv):
         nargs="+",
         metavar="METHOD",
         default=["smp-l", "smp-s", "movement", "pins"],
-        choices=tuple(METHODS),
+        choices=tuple(CRITERIA),
         help="for step; default smp-l smp-s movement pins",
     )
     add(

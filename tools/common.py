@@ -9,12 +9,13 @@ import platform
 import re
 import secrets
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import wraps
@@ -163,7 +164,8 @@ def number(kind, interval):
 
 
 def as_flag(name):
-    return "--" + name.replace("_", "-")
+    """Return the flag of a setting; "from" is a word of Python, so its setting is from_run."""
+    return "--" + name.removesuffix("_run").replace("_", "-")
 
 
 def parse_settings(Settings, description, argv):
@@ -181,7 +183,8 @@ def parse_settings(Settings, description, argv):
         elif isinstance(f.type, tuple):
             options = {"choices": f.type}
         text = f"{help_of[f.name]} (default: {f.default})".replace("%", "%%")
-        parser.add_argument(as_flag(f.name), default=argparse.SUPPRESS, help=text, **options)
+        options |= {"dest": f.name, "default": argparse.SUPPRESS, "help": text}
+        parser.add_argument(as_flag(f.name), **options)
     text = "print the settings and stop"
     parser.add_argument("--dry-run", action="store_true", default=argparse.SUPPRESS, help=text)
     return vars(parser.parse_args(argv))
@@ -337,6 +340,50 @@ def writable(folder):
     Root may write everywhere. A folder without any write permission is left alone all the same.
     """
     return os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222 > 0
+
+
+@contextmanager
+def claimed(out, resume, is_demo):
+    """Let no other process train in the run folder `out`; remove what a killed one left there.
+
+    What is locked is metrics.jsonl. The demo deletes the files of an earlier demo. Raises UserError
+    where something else is in the folder, unless that is a run to resume. A folder in which nothing
+    was written is removed at the end.
+    """
+    if not is_rank_0():
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "metrics.jsonl", "ab") as log:
+        free = lock(log) != "taken" and os.fstat(log.fileno()).st_nlink  # 0: deleted meanwhile
+        require(free, f"--out {out}: another process trains there")
+        try:
+            is_run = (out / "config.json").exists()
+            if is_demo and is_run:
+                clear_demo(out, log)
+            elif not (resume and is_run):
+                empty = os.listdir(out) == ["metrics.jsonl"] and os.path.getsize(log.name) == 0
+                require(empty, f"--out {out}: not empty; add --resume to a run, or name another")
+            sweep(out.rglob(".*.????????.tmp"))
+            yield
+        finally:
+            with suppress(OSError):
+                if os.path.getsize(log.name) == 0:
+                    os.remove(log.name)
+                    out.rmdir()
+
+
+def clear_demo(out, log):
+    """Delete what an earlier demo wrote into `out`; its log stays, empty and locked."""
+    same = read_json(out / "config.json").get("command") == "python train.py"
+    require(same, f"{out}: not made by `python train.py`; move it away, or give --out")
+    for name in ("model", "best"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("config.json", "result.json"):
+        (out / name).unlink(missing_ok=True)
+    for path in out.glob("*.safetensors"):
+        path.unlink()
+    log.truncate(0)
 
 
 @dataclass
