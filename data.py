@@ -114,7 +114,7 @@ NLI = ("entailment", "neutral", "contradiction")
 ENTAILED = ("entailment", "not_entailment")
 
 # fmt: off
-GLUE_TASKS = (
+OFFICIAL_TASKS = (
     Task(name="cola", folder="CoLA",
          labels=("unacceptable", "acceptable"), words=("incorrect", "correct"),
          metrics=("matthews",), columns=("sentence",),
@@ -185,9 +185,6 @@ GLUE_TASKS = (
          files={"test": "AX.tsv"}, rows=(1_104,),
          sources=glue_file("AX.tsv",
                            "0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd")),
-)
-
-OTHER_TASKS = (
     Task(name="squad", folder="SQuAD", kind="span",
          labels=("start", "end"), words=("yes", "no"),
          metrics=("f1", "em"), columns=("question", "context"),
@@ -215,7 +212,7 @@ OTHER_TASKS = (
 # fmt: on
 
 # The demo is described by demo/task.json, which is a task file like yours.
-TASKS = {"demo": None} | {task.name: task for task in (*GLUE_TASKS, *OTHER_TASKS)}
+TASKS = {"demo": None} | {task.name: task for task in OFFICIAL_TASKS}
 
 
 def get_task(name=None, task_file=None):

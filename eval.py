@@ -39,11 +39,10 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from data import EVERY_POSITION, IGNORED, collate, get_task, load_dataset, load_tokenizer
 from data import make_dataset, read_conll, read_split, read_tsv, token_sizes, tokenise
-from model import autocast, decisions, inputs, load_model, send, task_loss
-from model import to_value
+from model import decisions, inputs, load_model, send, task_loss, to_value
 from prune import METHODS, distill, self_distill
-from tools.common import DEVICES, pick_device
-from tools.common import Parser, atomic_write, is_stream, live, program, read_json, require, tell
+from tools.common import DEVICES, Parser, atomic_write, autocast, is_stream, live, pick_device
+from tools.common import program, read_json, require, tell
 from tools.fetch import locate
 from tools.sizes import kept_weights, print_densities, print_sizes
 
@@ -309,12 +308,12 @@ def load_run(run, which="model"):
     whole = whole and settings.keys() >= {"method", "task", "task_file", "max_length", "density"}
     valid = whole and settings["method"] in list(METHODS)
     require(valid, f"{run}/config.json: not the settings of a run of train.py")
-    settings["dtype"] = config["dtype"]  # what "auto" was
+    settings = config | settings | {"dtype": config["dtype"]}  # what "auto" was
     folder = run / which
     require(folder.is_dir(), f"{run}: has no {which}/ yet; continue the run with --resume")
-    task = trained_on(run, settings | config)
+    task = trained_on(run, settings)
     tokenizer = load_tokenizer(folder, read_json(folder / "config.json").get("vocab_size", 0))
-    output_head = METHODS[settings["method"]].output_head or config["output_head"]
+    output_head = METHODS[settings["method"]].output_head or config.get("output_head")
     head = (output_head, config["outputs"], config["words"])
     model = load_model(folder, *head, new_head=False, kind=task.kind)
     return model, task, tokenizer, settings
@@ -483,8 +482,9 @@ def read_predictions(task, path, texts, gold):
         lines = chain(*[(*words, "") for words in texts])  # "" is the empty line after a sentence
         found = chain(*[(*words, "") for words in found])
     else:
-        own = {"columns": ("index",), "label": "prediction", "low": -1e9, "high": 1e9}
-        rows = replace(task, **own, header=(), rows={})
+        rows = replace(task, columns=("index",), label="prediction", header=(), rows={})
+        rows.low = -1e9  # another system may be outside the range
+        rows.high = 1e9
         found, predicted = read_tsv(rows, "dev", path, data)
         lines = ["index", *[str(i) for i in range(len(texts))]]
         found = ["index", *found]
@@ -516,8 +516,6 @@ def write_predictions(loaded, device, data_dir, split, path, name):
         need = f"expected classes, and the labels of {task.name}, on which the run was trained"
         require(same, f"--task {name}: {need}")
         task = other
-    has = f"{task.name} has {', '.join(task.files)}"
-    require(split in task.files, f"--split {split}: no such split; {has}")
     dataset = load_dataset(task, split, tokenizer, s["max_length"], data_dir)
     if os.path.isfile(path) and not is_stream(path):
         with open(path, "rb") as file:
@@ -546,12 +544,11 @@ def label_texts(loaded, device, path):
         texts, gold = read_split(own, "lines", "standard input", sys.stdin.buffer.read())
     else:
         texts, gold = read_split(own, "test", path, Path(path).read_bytes())
-    if task.kind == "tag":
-        texts = [text for text in texts if text.split()]
-        require(texts, f"{path}: no row of data")
     rows = [[text] if isinstance(text, str) else text for text in texts]
     if task.kind == "tag":
-        texts = [text.split() for text in texts]
+        rows = [row for row in rows if row[0].split()]
+        require(rows, f"{path}: no row of data")
+        texts = [row[0].split() for row in rows]
         gold = [["O"] * len(words) for words in texts]
     elif task.kind == "span":
         gold = [(f"number {i}", []) for i in range(1, 1 + len(texts))]

@@ -13,7 +13,6 @@ Axes: B examples, T tokens, R positions with a query, C hidden size, H attention
 F feed-forward size, V vocabulary, K outputs.
 """
 
-import contextlib
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -334,28 +333,6 @@ def to_value(logits, low, high):
 
 # -------------------------------------------------------------------------------------------------
 # device and dtype
-
-def pick_dtype(device):
-    """Return "bf16" where the device multiplies in it, else "fp16" on GPUs and "fp32" elsewhere.
-
-    GPUs tell it themselves. Those that only emulate bf16 are slow in it. A CPU multiplies in bf16
-    if it has AVX512-BF16 or AMX.
-    """
-    if device.type == "cuda":
-        real = torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bf16" if real else "fp16"
-    can = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not tell: {}
-    able = can.get("avx512_bf16") or can.get("amx_bf16")
-    return "bf16" if device.type == "cpu" and able else "fp32"
-
-
-def autocast(device, dtype):
-    """Return the autocast context for `dtype`, which is "fp32", "bf16" or "fp16"."""
-    if dtype == "fp32":
-        return contextlib.nullcontext()
-    half = torch.bfloat16 if dtype == "bf16" else torch.float16
-    return torch.autocast(device.type, half)
-
 
 def send(tensor, device):
     """Return the tensor on the device.

@@ -452,7 +452,7 @@ class L0(SoftMovement):
 
 
 class Fixed(Dense):
-    """Fine-tune what a run has kept: a weight that is 0 at the start stays 0. It is no criterion."""
+    """No criterion: fine-tune what a run has kept. A weight that is 0 at the start stays 0."""
 
     recipe = "fixed"
     output_head = None  # that of the run to start from

@@ -37,13 +37,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import batches, collate, get_task, load_dataset, load_tokenizer, micro_batches, word_ids
 from eval import Teacher, described, evaluate, load_dev, load_run, show, warn_of_density
-from model import HEADS, autocast, decisions, inputs, load_model, model_sha256, pick_dtype
-from model import read_checkpoint, read_config, save_model, send, task_loss
+from model import HEADS, decisions, inputs, load_model, model_sha256, read_config, save_model, send
+from model import task_loss
 from prune import METHODS, TIED, baked_state, n_of_m
-from tools.common import DEVICES, Log, UserError, as_flag, atomic_write, claimed, from_rank_0
-from tools.common import join_processes, live, number, parse_safetensors, parse_settings
-from tools.common import peak_memory, program, read_json, read_safetensors, require, show_settings
-from tools.common import surroundings, tell, write_json
+from tools.common import DEVICES, Log, UserError, as_flag, atomic_write, autocast, claimed
+from tools.common import from_rank_0, join_processes, live, number, parse_safetensors
+from tools.common import parse_settings, peak_memory, pick_dtype, program, read_json
+from tools.common import read_safetensors, require, save_tensors, show_settings, surroundings, tell
+from tools.common import write_json
 from tools.fetch import find_model
 
 # -------------------------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ class Settings:
     model: str = "demo"  # demo, a folder in Hugging Face's layout, or a Hugging Face id
     task: str = "demo"  # demo, cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, squad, conll2003
     task_file: str = None  # your own task: a JSON file, see README
-    method: tuple(METHODS) = "smp-s"  # how to prune
+    method: tuple(METHODS) = "smp-s"  # how to prune; fixed needs --from
     density: POSITIVE_SHARE = None  # fraction kept; recipe 0.1, pins 0.2 (span 0.1), l0, soft none
     from_run: str = None  # a finished run to start from, on the same model
     out: str = None  # run folder; default runs/TASK-METHOD-DENSITY-sSEED
@@ -138,20 +139,50 @@ COMMON = {
     "teacher": "none",
     "dtype": "auto",
 }
-DENSE = COMMON | {"epochs": 3, "batch_size": 32, "density": 1.0}
-DENSE |= {"warmup": 0.1, "weight_decay": 0.01, "source": "Devlin et al. 2019, A.2 and A.3"}
-SMP = COMMON | {"epochs": 60, "batch_size": 32, "score_lr": 2e-2, "reg_lambda": 400.0}
-SMP |= {"source": "SMP, released run scripts"}
+DENSE = COMMON | {
+    "epochs": 3,
+    "batch_size": 32,
+    "density": 1.0,
+    "warmup": 0.1,
+    "weight_decay": 0.01,
+    "source": "Devlin et al. 2019, A.2 and A.3",
+}
+SMP = COMMON | {
+    "epochs": 60,
+    "batch_size": 32,
+    "score_lr": 2e-2,
+    "reg_lambda": 400.0,
+    "source": "SMP, released run scripts",
+}
 # Movement pruning on SQuAD: 10 epochs of 5,540 steps; 5,400 of warm-up, the last 10,800 settled.
-MOVEMENT = COMMON | {"epochs": 10, "batch_size": 16}
-MOVEMENT |= {"warmup": 0.0975, "hold": 0.0975, "ramp": 0.7075}
-MOVEMENT |= {"source": "movement pruning on SQuAD"}
+MOVEMENT = COMMON | {
+    "epochs": 10,
+    "batch_size": 16,
+    "warmup": 0.0975,
+    "hold": 0.0975,
+    "ramp": 0.7075,
+    "source": "movement pruning on SQuAD",
+}
 # PINS on RTE: 20 epochs of 156 steps; 200 steps of warm-up, the last 1,200 settled.
-PINS = COMMON | {"epochs": 20, "batch_size": 16, "density": 0.2}
-PINS |= {"warmup": 0.064, "hold": 0.064, "ramp": 0.551, "source": "PINS on RTE"}
+PINS = COMMON | {
+    "epochs": 20,
+    "batch_size": 16,
+    "density": 0.2,
+    "warmup": 0.064,
+    "hold": 0.064,
+    "ramp": 0.551,
+    "source": "PINS on RTE",
+}
 # PLATON on SQuAD: 10 epochs of 5,533 steps; 5,400 of warm-up, the last 27,000 settled.
-PINS_SPAN = {"epochs": 10, "density": 0.1, "warmup": 0.0976, "hold": 0.0976, "ramp": 0.414}
-PINS_SPAN |= {"beta2": 0.95, "source": "PLATON on SQuAD; PINS has published none"}
+PINS_SPAN = {
+    "epochs": 10,
+    "density": 0.1,
+    "warmup": 0.0976,
+    "hold": 0.0976,
+    "ramp": 0.414,
+    "beta2": 0.95,
+    "source": "PLATON on SQuAD; PINS has published none",
+}
 
 LARGE = {"epochs": 12, "batch_size": 64}
 SMALL = {"epochs": 5, "source": "Devlin et al. 2019; epochs of transformers' GLUE examples"}
@@ -218,16 +249,16 @@ def recipe(s):
     """
     name = METHODS[s.method].recipe
     kind = get_task(s.task, s.task_file).kind
-    rows = (name, f"kind {kind}", f"{name} kind {kind}", f"{name} {s.task}")
-    if "roberta" in s.model.lower():
-        rows += (f"{name} on roberta",)
+    family = "roberta" if "roberta" in s.model.lower() else "bert"
+    of_kind = f"{name} kind {kind}"
+    rows = (name, f"kind {kind}", of_kind, f"{name} on {family}", f"{name} {s.task}")
     values = {}
     for row in rows:
         values |= RECIPES.get(row, {})
     density = s.density or values["density"] or 1.0
     if density >= 0.7:
         values["temperature_s"] = 4.0  # p (SMP, released code)
-    for most, more in UP_TO_DENSITY.get(rows[2], UP_TO_DENSITY.get(name, ())):
+    for most, more in UP_TO_DENSITY.get(of_kind, UP_TO_DENSITY.get(name, ())):
         if density <= most:
             values |= more
             break
@@ -357,7 +388,7 @@ class Run:
             load_checkpoint(self, saved, path)
             tell(f"resumed {self.out} at step {self.progress.step}")
         elif s.from_run:
-            begin_from(self, Path(s.from_run))
+            begin_from(self)
         if self.teacher.dense_run and not saved:
             self.teacher.load(self)
         self.method.first = self.progress.first_density
@@ -388,7 +419,7 @@ class Run:
         head = METHODS[s.method].output_head
         if s.from_run:
             self.origin = read_origin(s, self.source)
-            head = head or self.origin["output_head"]
+            head = head or self.origin[0].output_head
         require(head, f"--method {s.method}: needs a run to start from; give --from RUN")
         self.words = []
         if head == "words":
@@ -444,36 +475,33 @@ class Run:
 
 
 def read_origin(s, source):
-    """Return config.json of the run to start from.
+    """Return (model, task, tokenizer, settings) of the run to start from.
 
     Raises UserError where it is not finished, or of another model or method.
     """
-    name = f"--from {s.from_run}"
-    _, task, _, settings = load_run(s.from_run)
-    config = read_json(Path(s.from_run, "config.json"))
-    finished = Path(s.from_run, "result.json").is_file()
-    require(finished, f"{name}: not finished; continue it with --resume")
-    same = config["model_sha256"] == model_sha256(source)
-    require(same, f"{name}: it began with {settings['model']}, which is not {s.model}")
-    fits = settings["method"] == s.method or METHODS[s.method].output_head is None
-    require(fits, f"{name}: a {settings['method']} run; expected {s.method}, or --method fixed")
-    head = METHODS[settings["method"]].output_head
-    return {"output_head": head} | config | {"described": described(task)}
+    origin = load_run(s.from_run)
+    theirs = origin[-1]
+    same = theirs["model_sha256"] == model_sha256(source)
+    require(same, f"--from {s.from_run}: began with another model than {s.model}")
+    fits = theirs["method"] == s.method or METHODS[s.method].output_head is None
+    require(fits, f"--from {s.from_run}: a {theirs['method']} run; expected {s.method}, or fixed")
+    return origin
 
 
-def begin_from(run, folder):
+def begin_from(run):
     """Give a run what a finished one has learned, but not its output head for other labels."""
-    tensors = read_checkpoint(folder / "model")
+    folder = Path(run.settings.from_run)
+    model, task, _, _ = run.origin
+    tensors = model.state_dict()
     if run.method.masks:
         tensors |= read_safetensors(folder / "checkpoint.safetensors")[0]
     head, _ = HEADS[run.task.kind]
-    same = run.origin["described"] == described(run.task)
+    same = described(task) == described(run.task)
     with torch.no_grad():
         for name, p in run.model.named_parameters():
             if name in tensors and (same or not name.startswith(head)):
                 p.copy_(tensors[name])
     run.progress.first_density = read_json(folder / "result.json")["achieved_density"]
-    tell(f"starts from {folder} at density {run.progress.first_density:.4f}")
 
 
 def lr_at(step, total_steps, warmup):
@@ -722,11 +750,6 @@ def load_checkpoint(run, data, path):
     load_teacher(run)
 
 
-def save_tensors(path, tensors, **header):
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    atomic_write(path, to_safetensors(tensors, header))
-
-
 def describe(run):
     """Return what config.json of a run folder holds."""
     return {
@@ -834,7 +857,7 @@ def resumed(given, out):
 
 def choose(given):
     """Return the settings, and the source of those that were not given: a run, or a recipe."""
-    both = given.get("from_run") and given.get("resume")
+    both = given.keys() >= {"from_run", "resume"}
     require(not both, "--from and --resume: give one; a run remembers where it began")
     if given.get("resume"):
         out = Path(given.get("out") or settings_from(given).out)

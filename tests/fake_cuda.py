@@ -30,6 +30,7 @@ import eval as evaluation
 import model
 import prune
 import train
+from tools import common
 
 ROOT = Path(train.__file__).parent
 
@@ -166,7 +167,7 @@ def fake_device():
         # Weights are read from files as real tensors. Fake ones have neither bytes nor values.
         for owner in (evaluation, train):
             replace(owner, "load_model", without_fakes(model.load_model))
-        for owner in (model, train):
+        for owner in (model, train, common):
             replace(owner, "to_safetensors", lambda *args, **kwargs: b"")
         replace(evaluation, "to_predictions", no_predictions)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

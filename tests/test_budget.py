@@ -63,17 +63,17 @@ def test_tokens_are_counted_without_layout_comments_and_docstrings():
 
 
 def test_budget():
-    """The five files have at most 24,500 tokens, and prune.py at most 4,700 of them."""
+    """The five files have at most 24,500 tokens, and prune.py at most 4,800 of them."""
     sources = {name: (ROOT / f"{name}.py").read_text(encoding="utf-8") for name in FILES}
     tokens = {name: count_tokens(source) for name, source in sources.items()}
     assert sum(tokens.values()) <= 24_500, (sum(tokens.values()), tokens)
-    assert tokens["prune"] <= 4_700, tokens
+    assert tokens["prune"] <= 4_800, tokens
     for name, source in sources.items():
         assert source.count("\n") <= 950, name
         assert max(functions_in(source).values()) <= 80, name
 
 
 def test_budget_of_what_they_share():
-    """The two files that every program needs have at most 3,500 tokens, as README says about."""
+    """The two files that every program needs have at most 4,000 tokens, as README says about."""
     sources = [(ROOT / "tools" / name).read_text() for name in ("common.py", "fetch.py")]
-    assert sum(count_tokens(source) for source in sources) <= 3_500
+    assert sum(count_tokens(source) for source in sources) <= 4_000

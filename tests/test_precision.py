@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 import eval as evaluation
-import model
 import prune
 import train
+from tools import common
 
 
 def losses_of(out):
@@ -149,9 +149,9 @@ def test_a_gpu_that_emulates_bf16_computes_in_fp16(monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
     )
-    assert model.pick_dtype(torch.device("cuda")) == "fp16"
+    assert common.pick_dtype(torch.device("cuda")) == "fp16"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    assert model.pick_dtype(torch.device("cuda")) == "bf16"
+    assert common.pick_dtype(torch.device("cuda")) == "bf16"
 
 
 def test_a_run_that_misses_its_density_says_so(tiny, tmp_path, capsys):

@@ -20,8 +20,9 @@ import eval as evaluation
 import prune
 import train
 from data import batches, collate, load_dataset, word_ids
-from model import inputs, load_model, pick_dtype, read_checkpoint
+from model import inputs, load_model, read_checkpoint
 from tools import report, sizes
+from tools.common import pick_dtype
 from train import lr_at
 
 ROOT = Path(train.__file__).parent

@@ -31,11 +31,10 @@ from torch import nn
 
 from data import batches, collate, encode, get_task, load_dataset, load_tokenizer
 from eval import predict
-from model import Bert, BertConfig, autocast, inputs, send, task_loss
+from model import Bert, BertConfig, inputs, send, task_loss
 from prune import CRITERIA, METHODS, kth_largest, kth_largest_on_device, mask_matrices
 from tools import deploy
-from tools.common import pick_device
-from tools.common import Parser, UserError, program, read_json
+from tools.common import Parser, UserError, autocast, pick_device, program, read_json
 from tools.fetch import DEMO
 from tools.timing import alternate, clock
 from train import settings_from

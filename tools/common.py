@@ -15,7 +15,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import wraps
@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as from_safetensors
+from safetensors.torch import save as to_safetensors
 from tqdm import tqdm
 
 # -------------------------------------------------------------------------------------------------
@@ -328,6 +329,11 @@ def parse_safetensors(data, path):
     return tensors, json.loads(data[8 : 8 + size]).get("__metadata__", {})
 
 
+def save_tensors(path, tensors, **header):
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    atomic_write(path, to_safetensors(tensors, header))
+
+
 def cache_home():
     """Return the folder for what cannot be written beside the data."""
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -453,6 +459,28 @@ def join_processes(device_name):
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=3))
     return rank, world, device
+
+
+def pick_dtype(device):
+    """Return "bf16" where the device multiplies in it, else "fp16" on GPUs and "fp32" elsewhere.
+
+    GPUs tell it themselves. Those that only emulate bf16 are slow in it. A CPU multiplies in bf16
+    if it has AVX512-BF16 or AMX.
+    """
+    if device.type == "cuda":
+        real = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if real else "fp16"
+    can = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not tell: {}
+    able = can.get("avx512_bf16") or can.get("amx_bf16")
+    return "bf16" if device.type == "cpu" and able else "fp32"
+
+
+def autocast(device, dtype):
+    """Return the autocast context for `dtype`, which is "fp32", "bf16" or "fp16"."""
+    if dtype == "fp32":
+        return nullcontext()
+    half = torch.bfloat16 if dtype == "bf16" else torch.float16
+    return torch.autocast(device.type, half)
 
 
 def from_rank_0(data, rank, world):

@@ -42,11 +42,10 @@ from torch.nn.utils.rnn import pad_sequence
 from data import collate, load_tokenizer
 from eval import evaluate, load_dev, load_run, measure, predict, show, to_predictions, trained_on
 from eval import write_predictions
-from model import HEADS, Bert, BertConfig, autocast, holds, inputs, save_model
+from model import HEADS, Bert, BertConfig, holds, inputs, save_model
 from prune import encoder_matrices
-from tools.common import pick_device
-from tools.common import Parser, UserError, as_flag, atomic_write, is_stream, number, program
-from tools.common import read_json, read_safetensors, require
+from tools.common import Parser, UserError, as_flag, atomic_write, autocast, is_stream, number
+from tools.common import pick_device, program, read_json, read_safetensors, require
 from tools.masks import evaluate_masks, save_mask
 from tools.timing import alternate
 

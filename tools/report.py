@@ -26,9 +26,8 @@ import torch
 from eval import evaluate, load_dev, load_run, show
 from model import load_model, model_sha256
 from prune import METHODS, encoder_matrices
-from tools.common import pick_device
-from tools.common import Parser, UserError, atomic_write, program, read_json, read_safetensors
-from tools.common import require, tell
+from tools.common import Parser, UserError, atomic_write, pick_device, program, read_json
+from tools.common import read_safetensors, require, tell
 from tools.fetch import find_model
 from tools.sizes import kept_weights
 

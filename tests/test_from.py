@@ -1,0 +1,111 @@
+"""Runs that start from runs: prune further, or fine-tune what is kept."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_errors import refused
+from test_train import flags_of, interrupted_at, result_of, rows, run, same
+
+import prune
+import train
+
+METHODS = ("smp-s", "movement", "pins")
+
+
+@pytest.fixture(scope="module")
+def halves(tiny, tmp_path_factory):
+    """A folder with a finished run at density 0.5 of each method."""
+    folder = tmp_path_factory.mktemp("halves")
+    for method in METHODS:
+        options = {"method": method, "density": 0.5, "pins_window": 2, "lr": 1e-3, "dropout": 0}
+        run(tiny, folder / method, **options, teacher="none")
+    return folder
+
+
+def zeros(out):
+    """{matrix: where its saved weights are 0}."""
+    tensors = load_file(out / "model" / "model.safetensors")
+    return {name: t == 0 for name, t in tensors.items() if ".layer." in name and t.dim() == 2}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_prune_further(method, tiny, halves, tmp_path):
+    """The ramp starts at the density of the first run, with its scores, and ends at the new one."""
+    out = tmp_path / "run"
+    options = {"method": method, "density": 0.3, "pins_window": 2, "hold": 0, "teacher": "none"}
+    result = run([*tiny, "--from", str(halves / method)], out, **options)
+    assert result["achieved_density"] == pytest.approx(0.3, abs=0.005)
+    assert rows(out)[0]["density"] == pytest.approx(0.5, abs=0.005)
+    densities = [row["density"] for row in rows(out)]
+    assert max(densities) < 0.51
+    before = zeros(halves / method)
+    after = zeros(out)
+    if method == "pins":  # what was 0 stays 0
+        assert all(after[name][where].all() for name, where in before.items())
+    kept = sum(int((~where & ~after[name]).sum()) for name, where in before.items())
+    total = sum(int((~where).sum()) for where in after.values())
+    assert kept / total > 0.8  # most of what stays was there before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fixed(method, tiny, halves, tmp_path):
+    """Zeros stay zero, to the last one, and what is kept is trained; a resume changes nothing."""
+    out = tmp_path / "run"
+    options = {"method": "fixed", "lr": 1e-3, "eval_every": 5}
+    flags = [*tiny, "--from", str(halves / method)]
+    result = run(flags, out, **options)
+    before = zeros(halves / method)
+    after = zeros(out)
+    assert before.keys() == after.keys()
+    for name, where in before.items():
+        assert after[name][where].all(), name
+        assert not after[name][~where].any(), name
+    old = load_file(halves / method / "model" / "model.safetensors")
+    new = load_file(out / "model" / "model.safetensors")
+    changed = [name for name in before if not torch.equal(old[name], new[name])]
+    assert len(changed) == len(before)
+    density = result_of(halves / method)["achieved_density"]
+    assert result["achieved_density"] == pytest.approx(density, abs=1e-9)
+    again = tmp_path / "again"
+    argv = [*flags, *flags_of(**options), "--out", str(again)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prune.Fixed, "update", interrupted_at(10, prune.Fixed.update))
+        assert train.main(argv) != 0
+    assert train.main(["--out", str(again), "--resume"]) == 0
+    same(out, again)
+
+
+def test_the_head_comes_along(tiny, kinds, halves, tmp_path):
+    """With other labels the head is new; with the same it goes on where it was."""
+    flags = [*tiny, "--from", str(halves / "pins"), "--max-steps", "1", "--lr", "0"]
+    old = load_file(halves / "pins" / "model" / "model.safetensors")["classifier.weight"]
+    run(flags, tmp_path / "same", method="fixed")
+    new = load_file(tmp_path / "same" / "model" / "model.safetensors")["classifier.weight"]
+    assert torch.equal(old, new)
+    run([*flags, "--task-file", kinds["tag"]], tmp_path / "tag", method="fixed")
+    new = load_file(tmp_path / "tag" / "model" / "model.safetensors")["classifier.weight"]
+    assert new.shape == (5, old.size(1))
+
+
+def test_bad_beginnings(tiny, halves, tmp_path, capsys):
+    """Another base, another method, an unfinished run, --resume, and fixed without a run."""
+    begin = [*tiny, "--out", tmp_path / "out", "--from"]
+    other = ["--method", "movement"]
+    refused(capsys, [*begin, halves / "pins", *other], "a pins run; expected movement, or fixed")
+    refused(capsys, [*begin, halves / "nothing", *other], "nothing")
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(halves / "movement", unfinished)
+    shutil.rmtree(unfinished / "model")
+    refused(capsys, [*begin, unfinished, *other], "has no model/ yet")
+    config = json.loads((halves / "movement" / "config.json").read_text())
+    based = tmp_path / "based"
+    shutil.copytree(halves / "movement", based)
+    Path(based, "config.json").write_text(json.dumps(config | {"model_sha256": "0"}))
+    refused(capsys, [*begin, based, *other], "began with another model")
+    refused(capsys, [*begin, halves / "movement", *other, "--resume"], "--from and --resume")
+    refused(capsys, [*tiny, "--method", "fixed", "--out", tmp_path / "x"], "give --from RUN")
+    assert not (tmp_path / "out").exists()
