@@ -552,7 +552,7 @@ def test_vocab_txt_and_tokenizer_json_agree(lower, accents, chinese, tmp_path):
 
 def test_mistakes_about_tokenizers(tokenizer, tmp_path):
     """A tokenizer that is missing, damaged or larger than the embedding is refused."""
-    with pytest.raises(UserError, match="neither tokenizer.json nor vocab.txt"):
+    with pytest.raises(UserError, match="none of tokenizer.json, vocab.txt, vocab.json"):
         load_tokenizer(tmp_path, 100)
     folder = tmp_path / "bert"
     rows = len(VOCAB) - 1
