@@ -75,7 +75,7 @@ class Task:
     columns: tuple = ("sentence1", "sentence2")  # one or two columns of text
     label: str = "label"  # the column of labels
     files: dict | None = None  # split -> file in the data folder; None: the usual three
-    other_names: dict | tuple = ()  # split -> other names of this file
+    other_names: dict | tuple = ()  # of some splits: split -> other names of this file
     rows: dict | tuple = ()  # the number of rows of each of these files; () for your own
     sources: tuple = ()  # (address, sha256) of each file that the TSVs are made from
     header: tuple = ()  # the column names, where labelled files have no header line
@@ -88,7 +88,6 @@ class Task:
             self.files = tsvs(self.folder)
         if isinstance(self.rows, tuple):
             self.rows = dict(zip(self.files, self.rows))
-        self.other_names = dict(self.other_names)
 
     @property
     def regression(self):
@@ -559,20 +558,16 @@ def is_byte_level(tokenizer):
     return isinstance(tokenizer.pre_tokenizer, ByteLevel)
 
 
-# RoBERTa's label words with a capital (SMP, released code)
-CAPITAL = ("yes", "no", "maybe")
-
-
 def word_ids(tokenizer, words):
     """Return the ids of label words. Raises UserError unless each is one token of its own.
 
-    For RoBERTa a word stands after a space.
+    For RoBERTa a word stands after a space, and three have a capital (SMP, released code).
     """
     unknown = tokenizer.token_to_id("[UNK]")
     ids = []
     for word in words:
         if is_byte_level(tokenizer):
-            word = " " + (word.capitalize() if word in CAPITAL else word)
+            word = " " + (word.capitalize() if word in ("yes", "no", "maybe") else word)
         encoding = tokenizer.encode(word, add_special_tokens=False)
         new = [i for i in encoding.ids if i not in (unknown, *ids)]
         expected = f"expected one token, which no other word has; it is {encoding.tokens}"
@@ -690,9 +685,9 @@ def make_dataset(task, text, arrays, max_length):
         dataset.examples = list(zip(*text))
     if task.kind == "tag":
         lost = sum(map(len, text[0])) - np.count_nonzero(dataset.places >= 0)
-        where = f"{lost:,} words of {task.name} have no token in --max-length {max_length}"
+        text = f"words of {task.name} without a token in --max-length {max_length}: {lost:,}"
         if lost:
-            tell(f"warning: {where}; they count as tagged O", sys.stderr)
+            tell(f"warning: {text}; they count as tagged O", sys.stderr)
     return dataset
 
 

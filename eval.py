@@ -314,8 +314,9 @@ def load_run(run, which="model"):
     task = trained_on(run, settings)
     tokenizer = load_tokenizer(folder, read_json(folder / "config.json").get("vocab_size", 0))
     output_head = METHODS[settings["method"]].output_head or config.get("output_head")
-    head = (output_head, config["outputs"], config["words"])
-    model = load_model(folder, *head, new_head=False, kind=task.kind)
+    model = load_model(
+        folder, output_head, config["outputs"], config["words"], new_head=False, kind=task.kind
+    )
     return model, task, tokenizer, settings
 
 
@@ -385,9 +386,11 @@ class Teacher:
         if task.regression:  # a squared error has no entropy by which to weigh the teacher
             return 0.5 * losses + 0.5 * task_loss(logits, taught, task.low, task.high)
         taught, _ = decisions(task.kind, taught, mask)
-        mix = self_distill if self.is_self else distill
-        decided = send(data["labels"] != IGNORED, self.table.device)
-        return mix(losses, logits, taught, most_entropy) * decided
+        if self.is_self:
+            losses = self_distill(losses, logits, taught, most_entropy)
+        else:
+            losses = distill(losses, logits, taught)
+        return losses * send(data["labels"] != IGNORED, self.table.device)
 
 
 def teacher_table(model, task, dataset, device, dtype):

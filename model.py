@@ -360,10 +360,12 @@ def model_sha256(folder):
     return sha256_of(*model_files(folder))
 
 
+# The values that this file can build, the first one by default.
 SUPPORTED = {
-    "hidden_act": "gelu",
-    "position_embedding_type": "absolute",
-    "is_decoder": False,
+    "model_type": ("bert", "roberta"),
+    "hidden_act": ("gelu",),
+    "position_embedding_type": ("absolute",),
+    "is_decoder": (False,),
 }
 
 
@@ -371,13 +373,12 @@ def read_config(folder):
     """Return BertConfig from folder/config.json; UserError if it is no BERT this file can build."""
     path = Path(folder) / "config.json"
     raw = read_json(path)
-    for key, value in SUPPORTED.items():
-        found = raw.get(key, value)
-        require(found == value, f"{path}: {key} is {found!r}; only {value!r} is supported")
+    for key, supported in SUPPORTED.items():
+        found = raw.get(key, supported[0])
+        expected = " or ".join(map(repr, supported))
+        require(found in supported, f"{path}: {key} is {found!r}; expected {expected}")
     values = {"model_type": raw.get("model_type", "bert")}
-    known = values["model_type"] in ("bert", "roberta")
-    require(known, f"{path}: model_type is {values['model_type']!r}; expected bert or roberta")
-    for field in fields(BertConfig)[:-1]:
+    for field in fields(BertConfig)[:-1]:  # the last one is no number
         value = raw.get(field.name, field.default)
         most = 1 if field.name.endswith("prob") else 10**9
         valid = type(value) in (int, field.type) and 0 <= value <= most
@@ -408,7 +409,7 @@ ROBERTA = {
 def read_checkpoint(folder):
     """Return {name: tensor} of a checkpoint in float32, under Hugging Face's names of today."""
     tensors = {}
-    kind = read_config(folder).model_type
+    model_type = read_config(folder).model_type
     for path in model_files(folder):
         for name, tensor in read_safetensors(path)[0].items():
             if name.endswith("position_ids"):  # a buffer that old versions saved
@@ -416,7 +417,7 @@ def read_checkpoint(folder):
             if name.endswith((".gamma", ".beta")):  # LayerNorm in checkpoints from TensorFlow
                 name = name.replace(".gamma", ".weight").replace(".beta", ".bias")
             if name.startswith(("embeddings.", "encoder.", "pooler.")):  # from a bare BertModel
-                name = f"{kind}.{name}"
+                name = f"{model_type}.{name}"
             for theirs, ours in ROBERTA.items():
                 name = name.replace(theirs, ours) if name.startswith(theirs) else name
             tensors[name] = tensor.float()
@@ -522,13 +523,12 @@ def save_model(folder, model, state, source, labels, kind=None):
         **vars(model.config),
         "position_embedding_type": "absolute",
     }
+    if not labels and model.output_head == "classifier":
+        labels = ("score",)
+        config["problem_type"] = "regression"
     if labels:
         config["id2label"] = dict(enumerate(labels))
         config["label2id"] = {label: i for i, label in enumerate(labels)}
-    elif model.output_head == "classifier":
-        config["id2label"] = {0: "score"}
-        config["label2id"] = {"score": 0}
-        config["problem_type"] = "regression"
     if model.config.model_type == "roberta":
         config["architectures"] = [kind.replace("Bert", "Roberta")]
         state = roberta_names(state)

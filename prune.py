@@ -189,6 +189,9 @@ class Dense:
         ]
         return [group for group in groups if group["params"]]
 
+    def hold(self, model):
+        """Let what is 0 in `model`, the run to start from, stay 0, if weights have no masks."""
+
     def update(self, step):
         """Make the masks of step `step` from the scores as they are."""
 
@@ -459,14 +462,14 @@ class Fixed(Dense):
 
     def __init__(self, model, settings, total_steps):
         super().__init__(model, settings, total_steps)
-        matrices = encoder_matrices(model).values()
-        self.weights = [linear.weight for peers in matrices for linear in peers]
-        self.held = None  # the masks of the weights that were not 0 at the start
+        self.weights = encoder_weights(model)
+        self.held = ()  # the masks of what may be other than 0; none: everything may
+
+    def hold(self, model):
+        self.held = [weight != 0 for weight in encoder_weights(model)]
 
     @torch.no_grad()
     def update(self, step):
-        if self.held is None:
-            self.held = [weight != 0 for weight in self.weights]
         for weight, mask in zip(self.weights, self.held):
             weight.mul_(mask).add_(0.0)  # -0.0 becomes 0.0
 
@@ -548,8 +551,7 @@ class Pins(Fixed):
 
     @torch.no_grad()
     def update(self, step):
-        if self.first < 1:  # what the run to start from had at 0 stays 0
-            super().update(step)
+        super().update(step)
         if self.mask is None:
             return
         for weight, mask in zip(self.weights, self.mask.split(self.sizes)):
@@ -597,12 +599,11 @@ METHODS = CRITERIA | {"fixed": Fixed}
 # teachers
 
 
-def distill(task_loss, student, teacher, most_entropy=None):
+def distill(task_loss, student, teacher):
     """Return 0.5 * task + 0.5 * T^2 * KL(p_teacher || p_student) of each decision, with T = 2.
 
     `student` and `teacher` are logits (..., C) of decisions among C choices, and `task_loss` is
-    (...). SMP's released code does this. Its paper has KL(p_student || p_teacher). `most_entropy`
-    is for `self_distill`, which is called in the same way.
+    (...). SMP's released code does this. Its paper has KL(p_student || p_teacher).
     """
     log_student = F.log_softmax(student / 2, dim=-1)
     p_teacher = F.softmax(teacher / 2, dim=-1)
@@ -640,6 +641,11 @@ def encoder_matrices(model):
         letter: [layer.get_submodule(name) for layer in model.layers]
         for letter, name in model.matrices.items()
     }
+
+
+def encoder_weights(model):
+    """Return the weights of all matrices in one list, letter by letter."""
+    return [linear.weight for peers in encoder_matrices(model).values() for linear in peers]
 
 
 def mask_matrices(model, kind=MaskedLinear, initial=0.0):

@@ -268,11 +268,6 @@ def recipe(s):
     return values
 
 
-def parse(argv):
-    """Return {setting: value} of the flags given; UserError for an unknown one."""
-    return parse_settings(Settings, __doc__, argv)
-
-
 def settings_from(given):
     """Return Settings with the recipe filled in; UserError names the flags that contradict."""
     s = Settings(**given)
@@ -333,7 +328,6 @@ class Progress:
     metrics: dict = None  # of the last evaluation
     best: dict = None  # metrics and step of the best evaluation at the final density
     teacher: float = None  # the metric of the present teacher, which a new one must exceed
-    first_density: float = 1.0  # at which the ramp starts
     teacher_file: str = None  # the file of its table; None: not written yet
     seconds: float = 0.0  # in all
     eval_seconds: float = 0.0  # of these, in evaluations
@@ -391,7 +385,10 @@ class Run:
             begin_from(self)
         if self.teacher.dense_run and not saved:
             self.teacher.load(self)
-        self.method.first = self.progress.first_density
+        if s.from_run:
+            self.method.first = read_json(Path(s.from_run, "result.json"))["achieved_density"]
+            self.method.hold(self.origin[0].to(self.device))
+            del self.origin  # a second model
         if self.progress.step == 0 and self.rank == 0:
             write_json(self.out / "config.json", describe(self))
         self.log.cut(self.progress.step if saved else -1)
@@ -490,18 +487,16 @@ def read_origin(s, source):
 
 def begin_from(run):
     """Give a run what a finished one has learned, but not its output head for other labels."""
-    folder = Path(run.settings.from_run)
     model, task, _, _ = run.origin
     tensors = model.state_dict()
     if run.method.masks:
-        tensors |= read_safetensors(folder / "checkpoint.safetensors")[0]
+        tensors |= read_safetensors(Path(run.settings.from_run, "checkpoint.safetensors"))[0]
     head, _ = HEADS[run.task.kind]
     same = described(task) == described(run.task)
     with torch.no_grad():
         for name, p in run.model.named_parameters():
             if name in tensors and (same or not name.startswith(head)):
                 p.copy_(tensors[name])
-    run.progress.first_density = read_json(folder / "result.json")["achieved_density"]
 
 
 def lr_at(step, total_steps, warmup):
@@ -896,7 +891,7 @@ def demo(dry_run):
 @program
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    given = parse(argv)
+    given = parse_settings(Settings, __doc__, argv)
     dry_run = given.pop("dry_run", False)
     try:
         if given:

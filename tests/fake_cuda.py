@@ -261,7 +261,7 @@ def train_and_watch(flags, device):
         return finish(run)
 
     finish = train.finish
-    settings = train.settings_from(train.parse(flags))
+    settings = train.settings_from(common.parse_settings(train.Settings, "", flags))
     with contextlib.ExitStack() as stack:
         for name in ("log_step", "evaluate_step", "save_checkpoint"):
             paused = pausing(getattr(train, name), then_watch=True)

@@ -79,6 +79,20 @@ def test_fixed(method, tiny, halves, tmp_path):
     same(out, again)
 
 
+def test_pruning_further_resumes(tiny, halves, tmp_path):
+    """A run that prunes further, interrupted after it has zeroed more, ends as an unbroken one."""
+    options = {"method": "pins", "density": 0.3, "pins_window": 2, "hold": 0, "lr": 1e-3}
+    options |= {"ramp": 0.8, "eval_every": 5, "dropout": 0}
+    flags = [*tiny, "--from", str(halves / "pins")]
+    run(flags, tmp_path / "whole", **options)
+    again = tmp_path / "again"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prune.Pins, "update", interrupted_at(13, prune.Pins.update))
+        assert train.main([*flags, *flags_of(**options), "--out", str(again)]) != 0
+    assert train.main(["--out", str(again), "--resume"]) == 0
+    same(tmp_path / "whole", again)
+
+
 def test_the_head_comes_along(tiny, kinds, halves, tmp_path):
     """With other labels the head is new; with the same it goes on where it was."""
     flags = [*tiny, "--from", str(halves / "pins"), "--max-steps", "1", "--lr", "0"]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -186,8 +187,9 @@ def test_dry_run(tiny, tmp_path, monkeypatch, capsys):
     assert max(map(len, out.splitlines())) < 80
     flags, source = out.removeprefix("settings: ").split(" (what was not given is")
     assert " ".join(source.split()) == "from the recipe: PINS on RTE)"
-    again = train.settings_from(train.parse(flags.split()))
-    assert again == train.settings_from(train.parse(argv))
+    parse = partial(common.parse_settings, train.Settings, "")
+    again = train.settings_from(parse(flags.split()))
+    assert again == train.settings_from(parse(argv))
     assert "--epochs 20" in out
     assert "--seed" not in flags
     argv = ["--no-redistribute", "--lr", "0", "--out", "a run"]

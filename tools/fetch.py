@@ -30,7 +30,7 @@ def locate(task, split, data_dir):
     data_dir = Path(data_dir)
     spare = cache_home() / task.sources[0][1][:16] if task.sources else data_dir
     folders = (data_dir, data_dir / task.folder, spare)
-    for file in (name, *task.other_names.get(split, ())):
+    for file in (name, *dict(task.other_names).get(split, ())):
         for folder in folders:
             if (folder / file).is_file():
                 return folder / file
