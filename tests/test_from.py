@@ -12,6 +12,7 @@ from test_train import flags_of, interrupted_at, result_of, rows, run, same
 
 import prune
 import train
+from tools import report
 
 METHODS = ("smp-s", "movement", "pins")
 
@@ -52,7 +53,7 @@ def test_prune_further(method, tiny, halves, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_fixed(method, tiny, halves, tmp_path):
+def test_fixed(method, tiny, halves, tmp_path, capsys):
     """Zeros stay zero, to the last one, and what is kept is trained; a resume changes nothing."""
     out = tmp_path / "run"
     options = {"method": "fixed", "lr": 1e-3, "eval_every": 5}
@@ -68,6 +69,9 @@ def test_fixed(method, tiny, halves, tmp_path):
     new = load_file(out / "model" / "model.safetensors")
     changed = [name for name in before if not torch.equal(old[name], new[name])]
     assert len(changed) == len(before)
+    capsys.readouterr()
+    assert report.main([str(out)]) == 0
+    assert "| fixed from a run | as found |" in capsys.readouterr().out
     density = result_of(halves / method)["achieved_density"]
     assert result["achieved_density"] == pytest.approx(density, abs=1e-9)
     again = tmp_path / "again"

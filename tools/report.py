@@ -60,6 +60,8 @@ def variant(settings):
         text += " (logit)"
     if settings["method"] == "pins" and settings.get("pins_score") == "signed":
         text += " (signed)"
+    if settings.get("from_run"):
+        text += " from a run"
     pattern = settings.get("pattern", "weight")
     if pattern != "weight":
         text += f" ({pattern})"
@@ -176,7 +178,9 @@ def table(runs):
     print(HEADER)
     for added, results in rows:
         first = results[0]
-        asked = f"{first['density']:g}" if first.get("density") else "by lambda"
+        asked = "by lambda" if METHODS[first["method"]].output_head else "as found"  # fixed
+        if first.get("density"):
+            asked = f"{first['density']:g}"
         achieved = np.mean([result["achieved_density"] for result in results])
         last_step = cell([result["metrics"] for result in results])
         best = cell([result["best"]["metrics"] for result in results])
