@@ -17,12 +17,14 @@ Step t is: forward with the masks of `update(t)`, backward, `penalise(t)`, clip,
 the optimizer, `update(t + 1)`. Evaluation sees the masks of `update(t + 1)`, too.
 """
 
+import itertools
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from tools.selection import top_k_masks
 
 # -------------------------------------------------------------------------------------------------
 # the schedule
@@ -59,18 +61,26 @@ class StraightThrough(torch.autograd.Function):
     """W' = W * M, where the gradient treats dM/dS as 1.
 
     dL/dW = dL/dW' * M, and dL/dS = dL/dW' * W. The scores of pruned weights keep moving.
+
+    W' has the type of autocast, in which the layer multiplies. Both gradients are float32. `out`
+    makes each of them in one pass.
     """
 
     @staticmethod
     def forward(ctx, scores, weight, mask):  # `scores` is here to get a gradient; it may be None
         ctx.save_for_backward(weight, mask)
-        return weight * mask  # four times as fast as torch.where on a CPU
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        # four times as fast as torch.where on a CPU
+        return torch.mul(weight, mask, out=torch.empty_like(weight, dtype=dtype))
 
     @staticmethod
     def backward(ctx, grad):
         weight, mask = ctx.saved_tensors
         for_scores = grad * weight if ctx.needs_input_grad[0] else None
-        for_weight = grad * mask if ctx.needs_input_grad[1] else None
+        for_weight = None
+        if ctx.needs_input_grad[1]:
+            for_weight = torch.mul(grad, mask, out=torch.empty_like(weight))
         return for_scores, for_weight, None
 
 
@@ -104,12 +114,15 @@ class MaskedLinear(nn.Linear):
 
 
 def keep_largest(linears, values, counts):
-    """Make the masks of `linears`: M is 1 for the `counts[l]` largest of `values[l]`, else 0.
+    """Make the masks of L `linears`: M is 1 for the `counts[l]` largest of `values[l]`, else 0.
 
-    `counts` are numbers, which are rounded down, or tensors on the device.
+    `values` is (L, out, in) and `counts` (L). The result is that of `top_k_masks`: whether a mask
+    may be wrong.
     """
-    for linear, mask in zip(linears, top_k_masks(values, counts)):
-        linear.mask.copy_(mask)
+    masks, wrong = top_k_masks(values, counts)
+    for linear, mask in zip(linears, masks):
+        linear.mask = mask
+    return wrong
 
 
 def share_out(r, density, redistribute=True):
@@ -130,19 +143,25 @@ def share_out(r, density, redistribute=True):
     return torch.where(shares > 0.999999999, 1.0, shares)  # rounding may miss 1
 
 
-def add_penalty(linears, strength, shift=0.0):
+def add_penalty(linears, strength, shift=0.0, sigmoids=()):
     """Add the gradient of strength * R to that of the scores; return R.
 
     R = mean over matrices of mean(s), s = sigmoid(S - shift) (released code; papers: sums).
-    dR/dS = s (1 - s) / (numel * matrices). `strength` is a number or a 0-dim tensor.
+    dR/dS = s (1 - s) / (numel * matrices). `strength` is a number or a 0-dim tensor. `sigmoids` are
+    the s of `by_shape(linears)`, if they are known.
     """
     means = []
-    for linear in linears:
-        s = torch.sigmoid(linear.scores - shift if shift else linear.scores)
-        means.append(s.mean())
-        slope = torch.addcmul(s, s, s, value=-1)  # s - s^2
-        linear.scores.grad.add_(slope.mul_(strength / (s.numel() * len(linears))))
-    return torch.stack(means).mean()
+    strength = torch.ones((), device=linears[0].scores.device) * strength
+    for stack, s in itertools.zip_longest(by_shape(linears), sigmoids):
+        if s is None:
+            scores = as_one([linear.scores for linear in stack])  # (L, out, in)
+            s = torch.sigmoid(scores - shift if shift else scores)
+        means.append(s.mean((1, 2)))
+        slopes = torch.addcmul(s, s, s, value=-1)  # s - s^2
+        share = 1 / (s[0].numel() * len(linears))
+        for linear, slope in zip(stack, slopes):
+            linear.scores.grad.addcmul_(slope, strength, value=share)
+    return torch.cat(means).mean()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -157,6 +176,7 @@ class Dense:
     top_k = False  # the density alone tells how many weights stay; then patterns are possible, too
     masks = False  # weights that are not kept are remembered, and can come back
     first = 1.0  # the density at which the ramp starts
+    wrong = False  # or a tensor: may a mask of this or an earlier step be wrong?
 
     def __init__(self, model, settings, total_steps):
         self.model = model
@@ -238,6 +258,9 @@ class Masked(Dense):
         self.masked = mask_matrices(model, self.layer, self.initial)  # {letter: [L layers]}
         self.linears = [linear for peers in self.masked.values() for linear in peers]
         self.size = sum(linear.weight.numel() for linear in self.linears)
+        self.stacks = by_shape(self.linears)
+        for linears in self.stacks:
+            lay_side_by_side(linears)
         if self.top_k:
             self.check_density()
 
@@ -265,7 +288,9 @@ class Masked(Dense):
 
     def shares(self, density):
         """Return the density of each matrix, (6, L): a row per letter, in the order of `masked`."""
-        return [[density] * len(peers) for peers in self.masked.values()]
+        size = (len(self.masked), len(self.model.layers))
+        weight = self.linears[0].weight
+        return torch.full(size, density, dtype=widest(weight), device=weight.device)
 
     @torch.no_grad()
     def update(self, step):
@@ -273,14 +298,15 @@ class Masked(Dense):
         if self.settings.pattern != "weight":
             keep_pattern(self, density)
             return
-        for peers, shares in zip(self.masked.values(), self.shares(density)):
-            self.keep_weights(peers, shares)
+        shares = self.shares(density).flatten()  # (6, L) -> (6 * L), in the order of `linears`
+        sizes = [len(linears) for linears in self.stacks]
+        for linears, part in zip(self.stacks, shares.split(sizes)):
+            self.keep_weights(linears, part)
 
-    def keep_weights(self, peers, shares):
-        """Mask L peers by single weights, at the densities `shares` (L)."""
-        size = peers[0].weight.numel()
-        values = [self.rank(linear) for linear in peers]
-        keep_largest(peers, values, [share * size for share in shares])
+    def keep_weights(self, linears, shares):
+        """Mask matrices of one shape by single weights, at the densities `shares`."""
+        values = as_one([self.rank(linear) for linear in linears])
+        self.wrong |= keep_largest(linears, values, shares * linears[0].weight.numel())
 
     def kept(self):
         """Return the number of weights that the masks keep, as a tensor."""
@@ -303,6 +329,7 @@ class SMPLocal(Masked):
 
     recipe = "smp"
     output_head = "words"
+    sigmoids = ()  # of the scores as they are, where `update` has made them
 
     def freeze(self):
         self.model.requires_grad_(False)
@@ -311,7 +338,7 @@ class SMPLocal(Masked):
     def penalise(self, step):
         # lambda_t = lambda (1 - (1 - t/T)^3) over ALL steps (SMP, released code)
         strength = cubic_at(step, 0.0, self.settings.reg_lambda, 0, self.total_steps)
-        return add_penalty(self.linears, strength)
+        return add_penalty(self.linears, strength, sigmoids=self.sigmoids)
 
 
 class SMPShared(SMPLocal):
@@ -320,16 +347,17 @@ class SMPShared(SMPLocal):
     The share is proportional to r = mean(sigmoid(S / p)). p is in the released code only.
     """
 
+    @torch.no_grad()
     def shares(self, density):
-        # In float32 the order of a sum, which depends on the threads, could change a count. MPS
-        # has no float64.
-        wide = torch.float32 if self.linears[0].scores.is_mps else torch.float64
+        # In float32 the order of a sum, which depends on the threads, could change a count.
+        wide = widest(self.linears[0].weight)
         p = self.settings.temperature_s
-        r = [torch.sigmoid(linear.scores / p).mean(dtype=wide) for linear in self.linears]
-        r = torch.stack(r).view(len(self.masked), -1)  # (6 * L) -> (6, L)
-        shares = share_out(r, density, self.settings.redistribute)
-        # On another device tolist() would make the host wait.
-        return shares.tolist() if shares.is_cpu else shares
+        scores = [as_one([linear.scores for linear in stack]) for stack in self.stacks]
+        self.sigmoids = [torch.sigmoid(s) for s in scores]
+        r = self.sigmoids if p == 1 else [torch.sigmoid(s / p) for s in scores]
+        r = torch.cat([s.mean((1, 2), dtype=wide) for s in r])
+        r = r.view(len(self.masked), -1)  # (6 * L) -> (6, L)
+        return share_out(r, density, self.settings.redistribute)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -381,13 +409,11 @@ class SoftMovement(Movement):
         return target is None or abs(self.achieved() / target - 1) <= 0.1
 
     def update(self, step):
-        for peers in self.masked.values():
-            counts = []
-            for linear in peers:
-                above = (torch.sigmoid(linear.scores) > self.tau(step)).sum()
-                least = int(0.005 * linear.weight.numel()) + 1  # 0.5% of a matrix stay
-                counts.append(above.clamp(min=least))
-            keep_largest(peers, [linear.scores for linear in peers], counts)
+        for linears in self.stacks:
+            scores = as_one([linear.scores for linear in linears])
+            least = int(0.005 * scores[0].numel()) + 1  # 0.5% of a matrix stay
+            above = (torch.sigmoid(scores) > self.tau(step)).sum((1, 2)).clamp(min=least)
+            self.wrong |= keep_largest(linears, scores, above)
 
     @torch.no_grad()
     def penalise(self, step):
@@ -463,15 +489,15 @@ class Fixed(Dense):
     def __init__(self, model, settings, total_steps):
         super().__init__(model, settings, total_steps)
         self.weights = encoder_weights(model)
-        self.held = ()  # the masks of what may be other than 0; none: everything may
+        self.zeros = ()  # the masks of what stays 0; none: nothing does
 
     def hold(self, model):
-        self.held = [weight != 0 for weight in encoder_weights(model)]
+        self.zeros = [weight == 0 for weight in encoder_weights(model)]
 
     @torch.no_grad()
     def update(self, step):
-        for weight, mask in zip(self.weights, self.held):
-            weight.mul_(mask).add_(0.0)  # -0.0 becomes 0.0
+        for weight, mask in zip(self.weights, self.zeros):
+            weight.masked_fill_(mask, 0.0)
 
     def achieved(self):
         kept = torch.stack([weight.count_nonzero() for weight in self.weights]).sum()
@@ -517,8 +543,8 @@ class Pins(Fixed):
         return step - 1 > self.end
 
     def criterion(self, weight, grad, lr):
-        value = (lr * grad - weight) * grad  # I = -theta g + eta g^2
-        return value.abs() if self.settings.pins_score == "absolute" else value
+        value = torch.sub(weight, grad, alpha=lr).mul_(grad)  # -I = theta g - eta g^2
+        return value.abs_() if self.settings.pins_score == "absolute" else value.neg_()
 
     def importance(self):
         return self.ema * self.unc
@@ -528,11 +554,12 @@ class Pins(Fixed):
         s = self.settings
         place = step % s.pins_window  # in the window
         if place == 0:
+            # fp16: where the scaler has skipped a step of the window, its mean is not a number
+            self.window.nan_to_num_(0.0, 0.0, 0.0)
             self.ema.lerp_(self.window, 1 - s.beta1)
             self.unc.lerp_((self.window - self.ema).abs_(), 1 - s.beta2)
         for weight, mean in zip(self.weights, self.window.split(self.sizes)):
             value = self.criterion(weight, weight.grad, lr)
-            value.nan_to_num_(0.0, 0.0, 0.0)  # fp16: a step that the scaler is about to skip
             mean.lerp_(value.flatten(), 1 / (place + 1))  # (out, in) -> (numel,)
         ranks = step > self.start and place == 0  # once per window in the ramp, then every step
         if step >= s.pins_window and (ranks or step > self.end):  # before, nothing is measured
@@ -547,15 +574,19 @@ class Pins(Fixed):
         below = int(importance.numel() * (1 - density))
         if below == 0:
             return None
-        return top_k_masks([importance], [importance.numel() - below + 1])[0]
+        table = importance.view(1, -1, self.weights[0].size(1))  # (N) -> (1, N / width, width)
+        count = torch.full((1,), importance.numel() - below + 1, device=importance.device)
+        (mask,), wrong = top_k_masks(table, count)
+        self.wrong |= wrong
+        return mask.flatten()
 
     @torch.no_grad()
     def update(self, step):
         super().update(step)
         if self.mask is None:
             return
-        for weight, mask in zip(self.weights, self.mask.split(self.sizes)):
-            weight.mul_(mask.view_as(weight)).add_(0.0)  # (numel,) -> (out, in); -0.0 becomes 0.0
+        for weight, zeros in zip(self.weights, (~self.mask).split(self.sizes)):
+            weight.masked_fill_(zeros.view_as(weight), 0.0)  # (numel,) -> (out, in)
         self.mask = None
 
     def state(self):
@@ -659,6 +690,44 @@ def mask_matrices(model, kind=MaskedLinear, initial=0.0):
     return masked
 
 
+def by_shape(linears):
+    """Return lists of masked layers that follow each other and have one shape.
+
+    What is done to all matrices of a list at once costs one kernel, not one for each.
+    """
+    groups = itertools.groupby(linears, key=lambda linear: linear.weight.shape)
+    return [list(group) for _, group in groups]
+
+
+def lay_side_by_side(linears):
+    """Move the scores of L masked layers of one shape into one tensor (L, out, in)."""
+    if linears[0].scores is None:
+        return
+    together = torch.stack([linear.scores.detach() for linear in linears])
+    for linear, scores in zip(linears, together):
+        linear.scores.data = scores
+
+
+def as_one(matrices):
+    """Return L matrices of one shape as one tensor (L, out, in).
+
+    It is no copy where they lie side by side in memory, as `lay_side_by_side` has put them.
+    """
+    first = matrices[0]
+    place = (first.untyped_storage()._cdata, first.storage_offset())
+    for i, matrix in enumerate(matrices):
+        here = (matrix.untyped_storage()._cdata, matrix.storage_offset() - i * matrix.numel())
+        if here != place or not matrix.is_contiguous():
+            return torch.stack(matrices)
+    shape = (len(matrices), *first.shape)
+    return first.as_strided(shape, (first.numel(), *first.stride()))
+
+
+def widest(tensor):
+    """Return float64, or float32 on MPS, which has none."""
+    return torch.float32 if tensor.is_mps else torch.float64
+
+
 def masked_linears(model):
     """Return {name: MaskedLinear} of a model's masked layers."""
     return {name: m for name, m in model.named_modules() if isinstance(m, MaskedLinear)}
@@ -675,87 +744,6 @@ def baked_state(model):
         state.pop(f"{name}.scores", None)
     model.train(training)
     return state
-
-
-# -------------------------------------------------------------------------------------------------
-# exact selection, without sorting everything
-
-
-def kth_largest(values, k):
-    """Return the k-th largest value (1 <= k <= n) of a flat float32 array, exactly.
-
-    Floyd and Rivest (1975): a sample brackets the value; only what lies inside is partitioned.
-    """
-    n = values.size
-    sample = np.sort(values[::61])  # a prime, because the columns of a matrix may repeat
-    rank = (1 - k / n) * sample.size  # where the value should lie in the sample
-    spread = 2 + 3 * math.sqrt(sample.size * k / n * (1 - k / n))  # three standard deviations
-    low_rank = math.floor(rank - spread)
-    high_rank = math.ceil(rank + spread)
-    low = sample[low_rank] if low_rank >= 0 else -np.inf
-    high = sample[high_rank] if high_rank < sample.size else np.inf
-
-    # The value is inside if and only if `above` has fewer than k and with `inside` at least k.
-    above = values >= high
-    inside = values[(values > low) & ~above]
-    place = np.count_nonzero(above) + inside.size - k  # in ascending order
-    if 0 <= place < inside.size:
-        return np.partition(inside, place)[place]
-    if np.count_nonzero(values > low) < k <= np.count_nonzero(values >= low):
-        return low  # many values are equal
-    return np.partition(values, n - k)[n - k]  # the sample misled
-
-
-def kth_largest_on_device(values, k):
-    """Do the same for each row of `values` (L, n) with its own `k` (L, 1); return (L, 1).
-
-    Nothing is read back from the device. The search is a bisection on bits: the bits of a float
-    are an integer in the same order, once those of negative floats are turned round.
-    """
-    lowest = torch.iinfo(torch.int32).min
-    keys = values.view(torch.int32)
-    keys = torch.where(keys < 0, ~keys | lowest, keys)  # -0.0 becomes -1, just below 0.0
-    low = torch.where((keys >= 0).sum(1, keepdim=True) >= k, 0, lowest)  # the sign
-    for bit in range(30, -1, -1):  # then the other 31 bits
-        middle = low + (1 << bit)
-        low = torch.where((keys >= middle).sum(1, keepdim=True) >= k, middle, low)
-    return torch.where(keys == low, values, -math.inf).amax(1, keepdim=True)
-
-
-def top_k_masks(values, counts):
-    """Return for each of L tensors of one shape the bool mask of its counts[l] largest.
-
-    Exactly so many are kept, among equals the first in row-major order. Raises ValueError
-    for NaN and infinity, but only on a CPU: elsewhere a look would make the host wait.
-    """
-    if values[0].is_cpu:
-        return [top_k_mask(v, int(count)) for v, count in zip(values, counts)]
-    flat = torch.stack(list(values)).detach().flatten(1)  # (L, out, in) -> (L, numel)
-    k = flat.new_empty(len(counts), 1, dtype=torch.long)  # (L, 1)
-    for i, count in enumerate(counts):
-        k[i] = count  # neither a number nor a tensor on the device makes the host wait
-    threshold = kth_largest_on_device(flat, k.clamp(min=1))
-    above = flat > threshold
-    equal = flat == threshold
-    missing = k - above.sum(1, keepdim=True)
-    early = equal.cumsum(1, dtype=torch.int32) <= missing  # among equals the first
-    masks = (above | (equal & early)) & (k > 0)
-    return masks.unflatten(1, values[0].shape).unbind()  # (L, numel) -> L times (out, in)
-
-
-def top_k_mask(values, k):
-    """Do what `top_k_masks` does for one matrix on the CPU."""
-    if k in (0, values.numel()):
-        return torch.full_like(values, k > 0, dtype=torch.bool)
-    flat = values.detach().numpy().reshape(-1)  # (out, in) -> (numel,)
-    if not math.isfinite(flat.sum()):
-        raise ValueError("NaN or infinity among the values: no order tells which are the largest")
-    threshold = kth_largest(flat, k)
-    mask = flat >= threshold
-    surplus = np.count_nonzero(mask) - k
-    if surplus:
-        mask[np.flatnonzero(flat == threshold)[-surplus:]] = False
-    return torch.from_numpy(mask).view(values.shape)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -779,9 +767,9 @@ def keep_pattern(method, density):
         for linear in method.linears:
             linear.mask.copy_(n_of_m_mask(method.rank(linear), density, m))
         return
-    shares = dict(zip(method.masked, method.shares(density)))  # {letter: L densities}
+    shares = dict(zip(method.masked, method.shares(density)))  # {letter: densities (L)}
     for letters in TIED[pattern]:
-        keep_blocks(method, letters, [shares.pop(letter) for letter in letters])
+        keep_blocks(method, letters, torch.stack([shares.pop(letter) for letter in letters]))
     for letter, alone in shares.items():
         method.keep_weights(method.masked[letter], alone)
 
@@ -789,13 +777,13 @@ def keep_pattern(method, density):
 def keep_blocks(method, letters, shares):
     """Mask the matrices of tied letters by blocks: the blocks of the largest mean score stay.
 
-    `shares` has L densities for each of the letters; a layer gets their mean.
+    `shares` is (letters, L); a layer gets the mean of its letters.
     """
     layers = list(zip(*[method.masked[letter] for letter in letters]))
     count = method.model.num_heads if "Q" in letters else layers[0][0].out_features  # blocks
-    counts = [count * sum(layer) / len(layer) for layer in zip(*shares)]
     values = [block_values([method.rank(linear) for linear in layer], count) for layer in layers]
-    for layer, mask in zip(layers, top_k_masks(values, counts)):
+    masks, _ = top_k_masks(torch.stack(values), count * shares.mean(0))
+    for layer, mask in zip(layers, masks):
         for part in by_blocks([linear.mask for linear in layer], count):
             part.copy_(mask[:, None, None])  # (count,) -> (count, rows of a block, columns)
 
@@ -808,7 +796,7 @@ def by_blocks(matrices, count):
 
 def block_values(scores, count):
     """Return the mean score of each of `count` blocks, (count,), in float64 (see SMPShared)."""
-    wide = [s if s.is_mps else s.double() for s in scores]
+    wide = [s.to(widest(s)) for s in scores]
     size = sum(s.numel() for s in scores) / count
     return (sum(part.sum((1, 2)) for part in by_blocks(wide, count)) / size).float()
 
@@ -826,7 +814,7 @@ def n_of_m_mask(scores, density, m):
     missing = int(density * scores.numel()) - n * values[..., 0].numel()
     if missing > 0:
         following = torch.where(rank == n, values, 0.0).sum(2)  # (out, in / m)
-        chosen = top_k_masks([following], [missing])[0]
+        (chosen,), _ = top_k_masks(following[None], torch.full((1,), missing, device=scores.device))
         mask |= (rank == n) & chosen[..., None]
     return mask.flatten(1)  # (out, in / m, m) -> (out, in)
 

@@ -610,6 +610,8 @@ def sum_over_ranks(run):
 def check_finite(run, step, loss_sum):
     """Raise UserError if a loss since the last log line, or the last gradient, is not finite.
 
+    Raise it, too, if a mask may be wrong (on a GPU, once in 1e9 steps; see tools/selection.py).
+
     In fp16 the scaler skips steps of infinite gradients, and each skip halves its scale. The
     scale begins at 65,536, so 17 skips in a row bring it below 1. On a device other than a CPU this
     function makes the host wait.
@@ -621,6 +623,8 @@ def check_finite(run, step, loss_sum):
             "keeps the last good checkpoint, if any; try a lower --lr, --score-lr or --reg-lambda, "
             "or --dtype fp32"
         )
+    advice = "stopped; --resume goes on from the last checkpoint, with another sample"
+    require(not run.method.wrong, f"a sample misled the selection before step {step}; {advice}")
 
 
 def log_step(run, step, regulariser):

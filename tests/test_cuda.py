@@ -44,7 +44,7 @@ CASES = [
 # A fault of fake_cuda.FAULTS: the flags of the run, and the file and the code of the line where the
 # error is raised.
 FAULTS = {
-    "a count on the CPU": ("--method movement", "prune.py", ">= k"),
+    "a count on the CPU": ("--method movement", "prune.py", "top_k_masks(values, counts)"),
     "a float() of the regulariser": ("--method smp-l", "train.py", "method.penalise(step)"),
     "an unpinned batch": ("--method dense", "model.py", "send("),
 }

@@ -32,10 +32,11 @@ from torch import nn
 from data import batches, collate, encode, get_task, load_dataset, load_tokenizer
 from eval import predict
 from model import Bert, BertConfig, inputs, send, task_loss
-from prune import CRITERIA, METHODS, kth_largest, kth_largest_on_device, mask_matrices
+from prune import CRITERIA, METHODS, mask_matrices
 from tools import deploy
 from tools.common import Parser, UserError, autocast, pick_device, program, read_json
 from tools.fetch import DEMO
+from tools.selection import kth_largest, select_on_device
 from tools.timing import alternate, clock
 from train import settings_from
 
@@ -116,10 +117,11 @@ def published_step(shape, device):
 # our way: the pieces of train.py's loop
 
 
-def our_step(name, shape, device, dtype):
+def our_step(name, shape, device, dtype, autocast=autocast, mark=lambda part: None):
     """Return a function of a batch that does a step of the method `name` as train.py does it.
 
-    The first step is in the middle of the ramp.
+    The first step is in the middle of the ramp. `mark` is told of each of tools.cost.PARTS before
+    it begins.
     """
     Method = METHODS[name]
     words = [5, 6] if Method.output_head == "words" else []
@@ -135,7 +137,7 @@ def our_step(name, shape, device, dtype):
     if name != "dense":
         given["density"] = 0.1
     method = Method(model, settings_from(given), total_steps=1000)
-    optimizer = torch.optim.AdamW(method.groups(), fused=device.type in ("cpu", "cuda"))
+    optimizer = torch.optim.AdamW(method.groups(), fused=device.type in ("cpu", "cuda", "meta"))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     model.train()
     number = 500
@@ -143,16 +145,24 @@ def our_step(name, shape, device, dtype):
 
     def step(batch):
         nonlocal number
+        mark("forward")
         with autocast(device, dtype):
             logits = model(**inputs(batch, device))  # (B, K)
         labels = send(batch["labels"], device)
-        task_loss(logits, labels, low=0, high=1).mean().backward()
+        loss = task_loss(logits, labels, low=0, high=1).mean()
+        mark("backward")
+        loss.backward()
+        mark("regulariser")
         method.penalise(number)
+        mark("optimizer")
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        mark("masks")
         method.observe(number, lr=3e-5)
+        mark("optimizer")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         number += 1
+        mark("masks")
         method.update(number)
 
     return step
@@ -319,7 +329,8 @@ def part_select(args, device):
         ways["ours"] = lambda: kth_largest(flat, k)
     else:
         number = torch.full((1, 1), k, device=device)
-        ways["ours"] = lambda: kth_largest_on_device(scores[None], number)
+        matrix = scores.view(1, 3072, 768)
+        ways["ours, the whole mask"] = lambda: select_on_device(matrix, number)
     seconds = alternate(list(ways.values()), device, args.repeat)
     *others, _ = ways  # the last one is ours
     for i, name in enumerate(others):
