@@ -2,6 +2,7 @@
 
     python -m tools.bench                             every part, on the GPU if there is one
     python -m tools.bench step select                 some of the parts
+    python -m tools.bench cost                        what a step costs on a GPU, without one
     python -m tools.bench throughput --data-dir GLUE  on a task's texts, against the published way
 
 Each ratio is the median over alternating runs (one of ours, one of theirs, and again), so that a
@@ -33,7 +34,7 @@ from data import batches, collate, encode, get_task, load_dataset, load_tokenize
 from eval import predict
 from model import Bert, BertConfig, inputs, send, task_loss
 from prune import CRITERIA, METHODS, mask_matrices
-from tools import deploy
+from tools import cost, deploy
 from tools.common import Parser, UserError, autocast, pick_device, program, read_json
 from tools.fetch import DEMO
 from tools.selection import kth_largest, select_on_device
@@ -219,7 +220,7 @@ def part_step(args, device):
         for length in LENGTHS:
             batch = synthetic(length)
             dense = our_step("dense", args.shape, device, dtype)
-            for method in args.methods:
+            for method in args.methods or ("smp-l", "smp-s", "movement", "pins"):
                 ours = our_step(method, args.shape, device, dtype)
                 steps = [partial(ours, batch), partial(dense, batch)]
                 seconds = alternate(steps, device, args.repeat)
@@ -252,7 +253,7 @@ def work_of_a_step(config, length):
     """Return (floating-point operations of the products, parameters) of a dense training step."""
     width = config.hidden_size
     inner = config.intermediate_size
-    matrices = (4 * width * width + 2 * width * inner) * config.num_hidden_layers
+    matrices = weights_of_encoder(config)
     # Of the last layer only position 0 is computed, but for its keys and values.
     not_computed = (2 * width * width + 2 * width * inner) * (1 - 1 / length)
     flops = 6 * (matrices - not_computed) * BATCH * length
@@ -442,7 +443,59 @@ def peak_memory(method, args, device):
         return read_json(Path(folder) / "run" / "result.json")["peak_memory_bytes"]
 
 
+COST_SIZES = ((64, 128), (32, 40))  # examples in a batch, and tokens of each
+
+
+def part_cost(args, device):
+    """Print what a step of each method costs on a GPU: counted without one, see tools/cost.py."""
+    gpu = cost.Device(1e12 * args.tflops, 1e12 * args.bandwidth, 1e-6 * args.launch)
+    dtype = args.dtypes[-1]
+    shape = args.cost_shape
+    print(f"cost, {shape}, {dtype}: {gpu}")
+    print("ms by part, of which the ratio is to dense; B: bytes for each weight of the encoder")
+    columns = "".join(f"{part:>12}" for part in cost.PARTS)
+    for size, length in COST_SIZES:
+        print(f"{size} x {length:<10} {'ms':>8} {'ratio':>7} {'GB':>7} {'kernels':>8}{columns}")
+        dense = bill_of_step("dense", shape, dtype, size, length)
+        for name in args.methods or CRITERIA:
+            bill = bill_of_step(name, shape, dtype, size, length)
+            seconds = bill.seconds(gpu)
+            kernels, moved, _ = bill.total()
+            parts = "".join(f"{1e3 * bill.seconds(gpu, part):12.3f}" for part in cost.PARTS)
+            more_kernels = kernels - dense.total()[0]
+            more_bytes = (moved - dense.total()[1]) / bill.weights
+            print(
+                f"{name:15} {1e3 * seconds:8.3f} {seconds / dense.seconds(gpu):7.3f} "
+                f"{moved / 1e9:7.2f} {kernels:8.0f}{parts}"
+                f"   beyond dense: {more_bytes:.1f} B, {more_kernels:.0f} kernels",
+                flush=True,
+            )
+
+
+def bill_of_step(name, shape, dtype, size, length, steps=10):
+    """Return the `cost.Bill` of a step of `size` examples, the mean of `steps`.
+
+    A window of PINS has ten steps, and its weights are ranked in one of them.
+    """
+    meta = torch.device("meta")
+    with cost.as_on_cuda(DTYPES[dtype], steps) as (counter, emulation):
+        batch = {key: tensor.to(meta) for key, tensor in synthetic(length, size).items()}
+        step = our_step(name, shape, meta, dtype, emulation.autocast, counter.mark)
+        step(batch)  # in which AdamW makes its averages
+        counter.bill = cost.Bill(steps, weights_of_encoder(BertConfig(**SHAPES[shape])))
+        for _ in range(steps):
+            step(batch)
+    return counter.bill
+
+
+def weights_of_encoder(config):
+    """Return the number of weights of the matrices that methods prune."""
+    width = config.hidden_size
+    return (4 * width * width + 2 * width * config.intermediate_size) * config.num_hidden_layers
+
+
 PARTS = {
+    "cost": part_cost,
     "step": part_step,
     "floors": part_floors,
     "throughput": part_throughput,
@@ -463,7 +516,7 @@ def parse(argv):
     parser.prog = "python -m tools.bench"
     add = parser.add_argument
     add("parts", nargs="*", metavar="PART", help=f"of {' '.join(PARTS)}; default all")
-    add("--shape", choices=tuple(SHAPES), help="default minilm on a CPU, base on a GPU")
+    add("--shape", choices=tuple(SHAPES), help="default base for cost and on a GPU, else minilm")
     add("--model", help="a model's folder, for startup and memory; default the demo")
     add("--tokenizer", help="a folder with tokenizer.json, for real lengths; default --model's")
     add("--data-dir", metavar="DIR", help="folder of the GLUE files, for throughput and evaluate")
@@ -471,9 +524,8 @@ def parse(argv):
         "--methods",
         nargs="+",
         metavar="METHOD",
-        default=["smp-l", "smp-s", "movement", "pins"],
         choices=tuple(CRITERIA),
-        help="for step; default smp-l smp-s movement pins",
+        help="for cost and step; default all for cost, smp-l smp-s movement pins for step",
     )
     add(
         "--dtypes",
@@ -483,6 +535,9 @@ def parse(argv):
         choices=tuple(DTYPES),
         help="step and floors take each, the other parts the last one; default fp32 bf16",
     )
+    add("--tflops", type=float, default=600, help="of the GPU of cost, in bf16; default 600")
+    add("--bandwidth", type=float, default=2.8, help="of its memory, in TB/s; default 2.8")
+    add("--launch", type=float, default=2.5, help="its shortest kernel, in us; default 2.5")
     add("--repeat", type=int, default=7, help="alternating runs per ratio; default 7")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     return parser.parse_args(argv)
@@ -495,6 +550,7 @@ def main(argv=None):
     if unknown:
         raise UserError(f"{' '.join(unknown)}: no such part; there are {' '.join(PARTS)}")
     device = pick_device(args.device)
+    args.cost_shape = args.shape or "base"
     if args.shape is None:
         args.shape = "base" if device.type == "cuda" else "minilm"
     if args.tokenizer is None:

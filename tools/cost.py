@@ -66,6 +66,7 @@ class Bill:
     """The items of `steps` steps, by part of the step and by operation."""
 
     steps: int
+    weights: int = 0  # of the matrices that are pruned
     items: dict = field(default_factory=dict)  # {(part, operation): [Item]}
 
     def select(self, part=None):

@@ -176,6 +176,8 @@ def margin(variance):
 
 def room(n):
     """Return how many of n values may lie between the cuts: see the proof above."""
-    between = 2 * margin(n / STRIDE / 4) + 3  # sampled values
-    # So many values in a row hold at least that many sampled ones: their mean less its margin.
-    return math.ceil(between + margin(2 * between)) * STRIDE
+    between = 2 * margin(n / STRIDE / 4) + 4  # sampled values, at most
+    sampled = between
+    for _ in range(20):  # to where `sampled`, less its own margin, is `between`
+        sampled = between + margin(sampled)
+    return math.ceil(sampled) * STRIDE
