@@ -91,6 +91,21 @@ class Embeddings(nn.Module):
         return self.dropout(self.LayerNorm(hidden))
 
 
+def attend_with_dropout(q, k, v, mask, dropout, scale):
+    """Do what F.scaled_dot_product_attention does, on a CPU, where dropout makes that slow.
+
+    A random number has 16 bits, so the probability of dropout is exact to 1e-5. q is (B, H, R, D),
+    k and v are (B, H, T, D).
+    """
+    scores = scale * q @ k.transpose(-1, -2)  # (B, H, R, T)
+    scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, -math.inf)
+    p = torch.softmax(scores, -1, dtype=scores.dtype)
+    bits = torch.empty(p.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
+    bits = bits.view(torch.int16)[: p.numel()].view_as(p)
+    kept = bits >= round(dropout * 2**16) - 2**15
+    return (p * kept) @ v / (1 - dropout)  # (B, H, R, T) x (B, H, T, D)
+
+
 class SelfAttention(nn.Module):
     """Attention with H heads, without the output projection."""
 
@@ -113,7 +128,10 @@ class SelfAttention(nn.Module):
         k = self.split_heads(self.key(hidden))
         v = self.split_heads(self.value(hidden))
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=self.scale)
+        attend = F.scaled_dot_product_attention
+        if dropout and q.is_cpu:
+            attend = attend_with_dropout
+        mixed = attend(q, k, v, mask, dropout, scale=self.scale)
         return mixed.transpose(1, 2).flatten(2)  # (B, H, R, D) -> (B, R, C)
 
 

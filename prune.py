@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tools.selection import top_k_masks
+from tools.selection import as_one, top_k_masks, widest
 
 # -------------------------------------------------------------------------------------------------
 # the schedule
@@ -706,26 +706,6 @@ def lay_side_by_side(linears):
     together = torch.stack([linear.scores.detach() for linear in linears])
     for linear, scores in zip(linears, together):
         linear.scores.data = scores
-
-
-def as_one(matrices):
-    """Return L matrices of one shape as one tensor (L, out, in).
-
-    It is no copy where they lie side by side in memory, as `lay_side_by_side` has put them.
-    """
-    first = matrices[0]
-    place = (first.untyped_storage()._cdata, first.storage_offset())
-    for i, matrix in enumerate(matrices):
-        here = (matrix.untyped_storage()._cdata, matrix.storage_offset() - i * matrix.numel())
-        if here != place or not matrix.is_contiguous():
-            return torch.stack(matrices)
-    shape = (len(matrices), *first.shape)
-    return first.as_strided(shape, (first.numel(), *first.stride()))
-
-
-def widest(tensor):
-    """Return float64, or float32 on MPS, which has none."""
-    return torch.float32 if tensor.is_mps else torch.float64
 
 
 def masked_linears(model):

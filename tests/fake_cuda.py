@@ -84,8 +84,9 @@ class HostWaits(Exception):
 class FakeDevice(TorchDispatchMode):
     """It sees each operation on fake tensors, and raises `HostWaits` while it watches a step.
 
-    Outside of steps, a value that the host reads is 1 or False, because there is none. FakeTensorMode itself
-    raises at any time for tensors of two devices, and for a result whose size depends on values.
+    Outside of steps, a value that the host reads is 1 or False, because there is none.
+    FakeTensorMode itself raises at any time for tensors of two devices, and for a result whose size
+    depends on values.
     """
 
     watching = False

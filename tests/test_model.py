@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from data import UserError, collate, get_task, load_dataset, load_tokenizer
-from model import load_model, save_model, task_loss, to_value
+from model import attend_with_dropout, load_model, save_model, task_loss, to_value
 
 ROOT = Path(__file__).parent.parent
 # tiny-bert has the prefix "bert.", a pooler, and an MLM head without a decoder of its own
@@ -175,6 +175,45 @@ LAYOUTS = [
     no_pooler,
 ]
 STORED = [("float32", 1), ("float16", 1), ("bfloat16", 1), ("float32", 3)]
+
+
+def attention_inputs():
+    """Queries, keys and values (2, 3, 64, 16), and a mask of 64 and 40 tokens."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 3, 64, 16, requires_grad=True) for _ in range(3)]
+    mask = torch.ones(2, 1, 1, 64, dtype=torch.bool)
+    mask[1, ..., 40:] = False
+    return tensors, mask
+
+
+def test_attention_of_the_cpu_is_pytorchs():
+    """Without a dropped value, result and gradients are those of F.scaled_dot_product_attention."""
+    tensors, mask = attention_inputs()
+    expected = F.scaled_dot_product_attention(*tensors, mask, scale=0.25)
+    ours = attend_with_dropout(*tensors, mask, dropout=1e-9, scale=0.25)
+    assert (ours - expected).abs().max() < 1e-5
+    theirs = torch.autograd.grad(expected.square().sum(), tensors)
+    for a, b in zip(torch.autograd.grad(ours.square().sum(), tensors), theirs):
+        assert (a - b).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5, 0.0375])
+def test_attention_drops_as_often_as_it_should(dropout):
+    """Of 8 million probabilities the right fraction is dropped, and the mean stays.
+
+    All keys are equal, so each probability is 1 / 64, and each value is 1.
+    """
+    torch.manual_seed(3)
+    zeros = torch.zeros(500, 4, 64, 1)
+    mask = torch.ones(500, 1, 1, 64, dtype=torch.bool)
+    mixed = attend_with_dropout(zeros, zeros, zeros + 1, mask, dropout, scale=1.0)
+    kept = mixed.double() * (1 - dropout)  # the fraction of the 64 that is kept
+    assert abs(kept.mean() - (1 - dropout)) < 1e-4 + 4 * (dropout / zeros.numel() / 64) ** 0.5
+    spread = (dropout * (1 - dropout) / 64) ** 0.5  # the values are independent
+    assert abs(kept.std() / spread - 1) < 0.02
+    torch.manual_seed(3)
+    again = attend_with_dropout(zeros, zeros, zeros + 1, mask, dropout, scale=1.0)
+    assert torch.equal(mixed, again)  # a function of the seed
 
 
 @pytest.mark.parametrize("dtype, shards", STORED)

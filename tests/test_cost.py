@@ -1,0 +1,76 @@
+"""The counted cost of a step on a GPU is plausible, and within the bounds that were reached."""
+
+import pytest
+import torch
+
+from tools import bench, cost, selection
+
+GPU = cost.Device()
+WEIGHTS = 84_934_656  # of BERT-base's encoder
+# The ratio to a dense step, 5% above what was reached: (64 x 128, 32 x 40).
+BOUNDS = {
+    "smp-s": (1.167, 1.614),
+    "smp-l": (1.139, 1.522),
+    "movement": (1.223, 1.674),
+    "pins": (1.137, 1.337),
+}
+
+
+def bill_of(method, size):
+    """The bill of one step. Of PINS it is a step that does not rank the weights."""
+    return bench.bill_of_step(method, "base", "bf16", *size, steps=1)
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return [bill_of("dense", size) for size in bench.COST_SIZES]
+
+
+@pytest.mark.parametrize("method", BOUNDS)
+def test_bounds(method, dense):
+    for i, size in enumerate(bench.COST_SIZES):
+        bill = bill_of(method, size)
+        assert bill.weights == WEIGHTS
+        assert bill.seconds(GPU) < BOUNDS[method][i] * dense[i].seconds(GPU)
+        if method == "smp-s" and i == 0:
+            kernels, moved, _ = bill.total()
+            assert (moved - dense[0].total()[1]) / WEIGHTS < 50.6
+            assert kernels - dense[0].total()[0] < 248
+
+
+def test_a_dense_step(dense):
+    """The products are 6 FLOPs for each weight and token, but for the last layer's position 0."""
+    _, moved, flops = dense[0].total()
+    expected, _ = bench.work_of_a_step(bench.BertConfig(), 128)
+    attention = 7 * 2 * (11 * 64 * 128 * 128 * 768 + 64 * 128 * 768)  # of 11 layers and a position
+    assert abs(flops / (2 * expected + attention) - 1) < 0.001  # `work_of_a_step` has 32 examples
+    assert moved > 28 * WEIGHTS  # AdamW alone
+    assert all(item.bytes > 0 and item.kernels > 0 for item in dense[0].select())
+    parts = sum(dense[0].seconds(GPU, part) for part in cost.PARTS)
+    assert abs(parts - dense[0].seconds(GPU)) < 1e-12
+
+
+def bytes_of(function, *tensors):
+    """The bytes for each value of the first tensor that a function of `tensors` moves."""
+    with cost.as_on_cuda(torch.bfloat16, steps=1) as (counter, _):
+        counter.mark("masks")
+        function(*tensors)
+    return counter.bill.total()[1] / tensors[0].numel()
+
+
+def test_selection_by_a_full_sort_exceeds_the_bound():
+    """To sort all scores moves more bytes for each than the whole of SMP-S may cost."""
+    scores = torch.empty(12, 3072, 768, device="meta")
+    k = torch.empty(12, 1, dtype=torch.long, device="meta")
+    assert bytes_of(selection.select_on_device, scores, k) < 43
+    assert bytes_of(selection.select_by_sort, scores, k) > 150
+
+
+def test_the_price_of_simple_operations():
+    """A sum reads two tensors and writes one. A view is free. What is expanded is read once."""
+    x, y = torch.empty(2, 1000, 64, device="meta")
+    assert bytes_of(torch.add, x, y) == 12
+    assert bytes_of(torch.Tensor.add_, x, y) == 12
+    assert bytes_of(torch.Tensor.copy_, x, y) == 8
+    assert bytes_of(lambda x: x.t()[:, None], x) == 0
+    assert bytes_of(lambda x, row: x + row.expand(1000, -1), x, y[:1]) == 8 + 4 / 1000
