@@ -13,15 +13,17 @@ MAY_IMPORT = {
     "tools/fetch": {"tools.common"},
     "tools/sizes": {"prune"},
     "tools/timing": set(),
+    "tools/selection": set(),
+    "tools/cost": set(),
     "data": BASE,
     "model": {"data", *BASE},
-    "prune": set(),
+    "prune": {"tools.selection"},
     "eval": {"data", "model", "prune", "tools.sizes", *BASE},
     "train": {"data", "model", "prune", "eval", *BASE},
     "tools/report": ALL - {"train"},
     "tools/masks": ALL,
     "tools/deploy": {"tools.timing", "tools.masks", *ALL},
-    "tools/bench": {"tools.timing", "tools.deploy", *ALL},
+    "tools/bench": {"tools.timing", "tools.deploy", "tools.selection", "tools.cost", *ALL},
 }
 
 

@@ -156,7 +156,7 @@ def select_on_device(values, k):
     cut = cut.masked_fill(ends < 0, math.inf).masked_fill(ends >= count, -math.inf)
     row = order.gather(1, nearest) // (width // STRIDE) + (sides > 0)
     first_rows = torch.arange(rows, device=values.device) < row[..., None]  # (L, 2, rows)
-    above = torch.nextafter(cut, torch.tensor(math.inf))  # a number of the CPU is no copy
+    above = torch.nextafter(cut, torch.full_like(cut, math.inf))
     cuts = torch.where(first_rows, cut[..., None], above[..., None])[..., None]  # (L, 2, rows, 1)
 
     masks = values >= cuts[:, 1]  # before the second cut: k values at least
