@@ -98,12 +98,22 @@ def test_pruning_further_resumes(tiny, halves, tmp_path):
 
 
 def test_the_head_comes_along(tiny, kinds, halves, tmp_path):
-    """With other labels the head is new; with the same it goes on where it was."""
+    """With the same labels the head goes on where it was. With others it is new.
+
+    Others are also the same ones in another order.
+    """
     flags = [*tiny, "--from", str(halves / "pins"), "--max-steps", "1", "--lr", "0"]
     old = load_file(halves / "pins" / "model" / "model.safetensors")["classifier.weight"]
     run(flags, tmp_path / "same", method="fixed")
     new = load_file(tmp_path / "same" / "model" / "model.safetensors")["classifier.weight"]
     assert torch.equal(old, new)
+    task = json.loads(Path(tiny[3]).read_text())
+    turned = Path(tiny[3]).with_name("turned.json")  # beside the files that it names
+    turned.write_text(json.dumps(task | {"labels": ["yes", "no"], "words": ["yes", "no"]}))
+    run([*flags, "--task-file", str(turned)], tmp_path / "turned", method="fixed")
+    new = load_file(tmp_path / "turned" / "model" / "model.safetensors")["classifier.weight"]
+    assert new.shape == old.shape
+    assert not torch.equal(old, new) and not torch.equal(old.flip(0), new)
     run([*flags, "--task-file", kinds["tag"]], tmp_path / "tag", method="fixed")
     new = load_file(tmp_path / "tag" / "model" / "model.safetensors")["classifier.weight"]
     assert new.shape == (5, old.size(1))
