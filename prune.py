@@ -533,18 +533,21 @@ class Pins(Fixed):
                 f"after it and after {settings.pins_window} steps: use more steps or a smaller ramp"
             )
         self.sizes = [weight.numel() for weight in self.weights]
-        # Flat, over all matrices: the mean of I in the present window, the moving average of these
-        # means, and the moving average of how far they lie from it (the uncertainty).
+        # Flat, over all matrices: the sum of I in the present window, the moving average of these
+        # windows' means, and the moving average of how far they lie from it (the uncertainty).
         zeros = torch.zeros(3, sum(self.sizes), device=self.weights[0].device)
-        self.window, self.ema, self.unc = zeros  # the three rows
+        self.sums, self.ema, self.unc = zeros  # the three rows
         self.mask = None  # flat: what is kept; None: nothing is to be zeroed after this step
 
     def settled(self, step):
         return step - 1 > self.end
 
-    def criterion(self, weight, grad, lr):
-        value = torch.sub(weight, grad, alpha=lr).mul_(grad)  # -I = theta g - eta g^2
-        return value.abs_() if self.settings.pins_score == "absolute" else value.neg_()
+    def factor(self, weight, grad, lr):
+        """Return what, times `grad`, is the importance I."""
+        step = torch.sub(weight, grad, alpha=lr)  # theta - eta g
+        if self.settings.pins_score == "absolute":
+            return step.copysign_(grad)  # of the sign of g, so that the product is |I|
+        return step.neg_()
 
     def importance(self):
         return self.ema * self.unc
@@ -554,13 +557,14 @@ class Pins(Fixed):
         s = self.settings
         place = step % s.pins_window  # in the window
         if place == 0:
-            # fp16: where the scaler has skipped a step of the window, its mean is not a number
-            self.window.nan_to_num_(0.0, 0.0, 0.0)
-            self.ema.lerp_(self.window, 1 - s.beta1)
-            self.unc.lerp_((self.window - self.ema).abs_(), 1 - s.beta2)
-        for weight, mean in zip(self.weights, self.window.split(self.sizes)):
-            value = self.criterion(weight, weight.grad, lr)
-            mean.lerp_(value.flatten(), 1 / (place + 1))  # (out, in) -> (numel,)
+            # fp16: where the scaler has skipped a step of the window, the sum is not a number
+            mean = self.sums.div_(s.pins_window).nan_to_num_(0.0, 0.0, 0.0)
+            self.ema.lerp_(mean, 1 - s.beta1)
+            self.unc.lerp_((mean - self.ema).abs_(), 1 - s.beta2)
+            self.sums.zero_()
+        for weight, total in zip(self.weights, self.sums.split(self.sizes)):
+            factor = self.factor(weight, weight.grad, lr)
+            total.view_as(weight).addcmul_(factor, weight.grad)  # (numel,) -> (out, in)
         ranks = step > self.start and place == 0  # once per window in the ramp, then every step
         if step >= s.pins_window and (ranks or step > self.end):  # before, nothing is measured
             self.mask = self.select(self.density(step))
@@ -590,7 +594,7 @@ class Pins(Fixed):
         self.mask = None
 
     def state(self):
-        return {"window": self.window, "ema": self.ema, "uncertainty": self.unc}
+        return {"sums": self.sums, "ema": self.ema, "uncertainty": self.unc}
 
 
 class Platon(Pins):
@@ -598,8 +602,8 @@ class Platon(Pins):
 
     recipe = "platon"
 
-    def criterion(self, weight, grad, lr):
-        return (weight * grad).abs_()
+    def factor(self, weight, grad, lr):
+        return torch.copysign(weight, grad)
 
 
 class Sensitivity(Platon):

@@ -9,10 +9,10 @@ GPU = cost.Device()
 WEIGHTS = 84_934_656  # of BERT-base's encoder
 # The ratio to a dense step, 5% above what was reached: (64 x 128, 32 x 40).
 BOUNDS = {
-    "smp-s": (1.167, 1.614),
-    "smp-l": (1.139, 1.522),
-    "movement": (1.223, 1.674),
-    "pins": (1.137, 1.337),
+    "smp-s": (1.152, 1.565),
+    "smp-l": (1.124, 1.473),
+    "movement": (1.224, 1.676),
+    "pins": (1.127, 1.304),
 }
 
 
@@ -34,8 +34,8 @@ def test_bounds(method, dense):
         assert bill.seconds(GPU) < BOUNDS[method][i] * dense[i].seconds(GPU)
         if method == "smp-s" and i == 0:
             kernels, moved, _ = bill.total()
-            assert (moved - dense[0].total()[1]) / WEIGHTS < 50.6
-            assert kernels - dense[0].total()[0] < 248
+            assert (moved - dense[0].total()[1]) / WEIGHTS < 42.2
+            assert kernels - dense[0].total()[0] < 251
 
 
 def test_a_dense_step(dense):
@@ -72,5 +72,6 @@ def test_the_price_of_simple_operations():
     assert bytes_of(torch.add, x, y) == 12
     assert bytes_of(torch.Tensor.add_, x, y) == 12
     assert bytes_of(torch.Tensor.copy_, x, y) == 8
+    assert bytes_of(torch.mul, x, x) == 8
     assert bytes_of(lambda x: x.t()[:, None], x) == 0
     assert bytes_of(lambda x, row: x + row.expand(1000, -1), x, y[:1]) == 8 + 4 / 1000

@@ -104,7 +104,7 @@ def test_signed_importance_leaves_the_range_of_its_model(default_command, capsys
             grads = torch.autograd.grad(loss_of(batch), weights)
         values = []
         for weight, grad in zip(weights, grads, strict=True):
-            values.append(Pins.criterion(pins, weight, grad, s["lr"]).flatten())
+            values.append((Pins.factor(pins, weight, grad, s["lr"]) * grad).flatten())
         importance = torch.cat(values)
         signed += importance / len(some)
         absolute += importance.abs() / len(some)

@@ -356,7 +356,8 @@ def test_distillation():
 def criterion(name, theta, grad, lr):
     """PINS's importance I ("signed") or |I| ("absolute") of each weight, as an array."""
     pins = SimpleNamespace(settings=SimpleNamespace(pins_score=name))
-    values = METHODS["pins"].criterion(pins, torch.from_numpy(theta), torch.from_numpy(grad), lr)
+    grad = torch.from_numpy(grad)
+    values = METHODS["pins"].factor(pins, torch.from_numpy(theta), grad, lr) * grad
     return values.numpy()
 
 

@@ -110,7 +110,12 @@ def tensors_in(values):
 
 
 def whole(tensors):
-    return sum(size_of(tensor) for tensor in tensors)
+    """Return the bytes of the tensors. One that is given twice, as in x * x, counts once."""
+    sizes = {}
+    for t in tensors:
+        place = (t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride())
+        sizes[place] = size_of(t)
+    return sum(sizes.values())
 
 
 FREE = {  # no kernel: memory without a value, and other views of a tensor
