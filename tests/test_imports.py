@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "eval": {"data", "model", "prune", "tools.sizes", *BASE},
     "train": {"data", "model", "prune", "eval", *BASE},
     "tools/report": ALL - {"train"},
+    "tools/grid": {"tools.common", "train"},
     "tools/masks": ALL,
     "tools/deploy": {"tools.timing", "tools.masks", *ALL},
     "tools/bench": {"tools.timing", "tools.deploy", "tools.selection", "tools.cost", *ALL},

@@ -1,0 +1,121 @@
+"""tools/grid.py makes the runs of a small file, once each, and never counts one that failed."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tools import grid
+
+ROOT = Path(grid.__file__).parent.parent
+
+
+def test_a_line_is_many_runs(tmp_path, monkeypatch):
+    """Every {a,b} is chosen in turn, variables are put in, and comments are left out."""
+    monkeypatch.setenv("MODEL_HERE", "demo/model")
+    file = tmp_path / "grid"
+    line = "a  2.5  --model $MODEL_HERE --method {smp-s,pins} --density 0.3 --seed {0,1}  # four"
+    file.write_text(f"# nothing\n\n{line}\nb 1 --method dense\n")
+    runs = grid.read_grid(file, tmp_path / "out")
+    assert [run.name for run in runs] == ["a-smp-s-0", "a-smp-s-1", "a-pins-0", "a-pins-1", "b"]
+    assert runs[2].flags == "--model demo/model --method pins --density 0.3 --seed 0".split()
+    assert [run.minutes for run in runs] == [2.5] * 4 + [1.0]
+
+
+WRONG = {
+    "a 1": "grid:1: expected NAME MINUTES FLAGS",
+    "a long --method dense": "'long' is no number of minutes",
+    "a 1 --method {dense,best}": "grid:1: --method: invalid choice: 'best'",
+    "a 1 --seed {1,2} --model $NOT_SET_ANYWHERE": "no variable NOT_SET_ANYWHERE",
+    "a 1 --seed {1,1}": "a second run a-1",
+    "a/b 1 --seed 1": "is no name of a folder",
+    "a 1 --out x": "the grid gives it",
+    "# nothing": "no run",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_wrong_lines(line, tmp_path, capsys):
+    (tmp_path / "grid").write_text(line + "\n")
+    status = grid.main([str(tmp_path / "grid"), "--out", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert status == 2
+    assert error.count("\n") == 1 and WRONG[line] in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def made(tiny, tmp_path_factory):
+    """A grid of three runs, of which one fails, that was started once: (file, folder, status)."""
+    folder = tmp_path_factory.mktemp("grid")
+    flags = " ".join(tiny)
+    broken = flags.replace(tiny[1], str(folder / "no-model"))
+    lines = [f"good 1 {flags} --method {{dense,smp-s}}", f"bad 1 {broken} --method dense"]
+    (folder / "grid").write_text("\n".join(lines) + "\n")
+    return folder / "grid", folder / "out", main(folder / "grid", folder / "out")
+
+
+def main(file, out):
+    return grid.main([str(file), "--out", str(out), "--jobs", "2"])
+
+
+def test_done_and_failed(made):
+    """The failed run is named and not counted; the core-hours are those of the finished ones."""
+    _, out, status = made
+    assert status == 2
+    found = json.loads((out / "grid.json").read_text())
+    assert found["planned"] == ["good-dense", "good-smp-s", "bad"]
+    assert found["done"] == ["good-dense", "good-smp-s"]
+    assert found["failed"] == ["bad"]
+    results = [json.loads((out / n / "result.json").read_text()) for n in found["done"]]
+    seconds = sum(result["train_seconds"] for result in results)
+    assert found["core_hours_of_those_done"] == pytest.approx(seconds / 3600, abs=1e-3)
+
+
+def test_what_is_finished_is_skipped(made, capsys):
+    """A second start plans the failed run alone."""
+    file, out, _ = made
+    assert grid.main([str(file), "--out", str(out), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "3 runs, 2 of them finished; planned for the others: 0.02 core-hours" in shown
+    assert shown.count("  finished  ") == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grid, "start", lambda run, threads: pytest.fail(run.name))
+        file = file.with_name("good")
+        file.write_text(made[0].read_text().splitlines()[0] + "\n")
+        assert main(file, out) == 0
+
+
+def test_other_flags_are_refused(made, tmp_path, capsys):
+    """A finished run stands for no other one."""
+    file, out, _ = made
+    other = tmp_path / "grid"
+    other.write_text(file.read_text().replace("--method {", "--lr 1e-2 --method {"))
+    assert main(other, out) == 2
+    assert "has lr" in capsys.readouterr().err
+
+
+def test_a_signal_stops_and_a_second_start_resumes(tiny, tmp_path):
+    """SIGTERM lets a run write its checkpoint; the next start goes on from there."""
+    flags = " ".join(tiny).replace("--max-steps 26", "--max-steps 120 --eval-every 120")
+    (tmp_path / "grid").write_text(f"a 1 {flags} --method dense\n")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "tools.grid", str(tmp_path / "grid"), "--out", str(out)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    log = out / "a" / "metrics.jsonl"
+    deadline = time.time() + 120
+    while not (log.exists() and '"step": 9' in log.read_text()) and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 130
+    assert (out / "a" / "checkpoint.safetensors").exists()
+    assert not (out / "a" / "result.json").exists()
+    assert json.loads((out / "grid.json").read_text())["done"] == []
+    assert grid.main([str(tmp_path / "grid"), "--out", str(out)]) == 0
+    assert "resumed" in (out / "a.log").read_text()
+    assert json.loads((out / "grid.json").read_text())["done"] == ["a"]

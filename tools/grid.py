@@ -1,0 +1,244 @@
+"""Make many runs of train.py, several side by side, from a small file.
+
+    python -m tools.grid GRID --out DIR              make what is not yet made
+    python -m tools.grid GRID --out DIR --dry-run    print the runs and the planned hours
+
+Each line of GRID is a name, the minutes that a run takes on one core, and flags of train.py:
+
+    # STS-B, 2 x 2 x 3 runs
+    stsb  3  --model $MODEL --task stsb --method {smp-s,pins} --density {0.3,0.1} --seed {0,1,2}
+
+{a,b} stands for a, then for b; $NAME is a variable of the environment; the rest of a line after #
+is a comment. The folder of a run is DIR/stsb-smp-s-0.3-0, and its output is in the .log beside it.
+A second start skips what is finished and resumes what is not. A run that fails is named, and the
+others go on. DIR/grid.json says what was planned, done and failed, and the core-hours of it.
+"""
+
+import itertools
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tools.common import Parser, UserError, live, lock, parse_settings, program, read_json, require
+from tools.common import tell, write_json
+from train import Settings
+
+TRAIN = Path(__file__).parent.parent / "train.py"
+FREE = ("data_dir", "device")  # settings that may differ from those of a finished run
+
+
+@dataclass
+class Planned:
+    """A run of the grid."""
+
+    name: str
+    minutes: float  # on one core, as the file says
+    flags: list  # of train.py, without --out
+    out: Path
+
+    @property
+    def log(self):
+        return self.out.with_name(f"{self.name}.log")
+
+
+# -------------------------------------------------------------------------------------------------
+# the file
+
+
+def read_grid(path, folder):
+    """Return the runs of a file in its order. Raises UserError with the line that is wrong."""
+    runs = {}
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        line = line.split("#")[0].strip()
+        if not line:
+            continue
+        where = f"{path}:{number}"
+        name, minutes, flags = split_line(line, where)
+        for chosen, text in choices(flags):
+            run_name = "-".join([name, *chosen])
+            plain = re.fullmatch(r"[\w.+-]+", run_name)
+            require(plain, f"{where}: {run_name!r} is no name of a folder")
+            twice = run_name in runs
+            require(not twice, f"{where}: a second run {run_name}; give the line another name")
+            run = Planned(run_name, minutes, shlex.split(text), folder / run_name)
+            check(run, where)
+            runs[run_name] = run
+    require(runs, f"{path}: no run; expected lines of a name, minutes and flags of train.py")
+    return list(runs.values())
+
+
+def split_line(line, where):
+    """Return (name, minutes, flags) of a line, with its variables in place."""
+    unknown = [name for name in re.findall(r"\$\{?(\w+)", line) if name not in os.environ]
+    require(not unknown, f"{where}: no variable {' '.join(unknown)} in the environment; set it")
+    parts = os.path.expandvars(line).split(maxsplit=2)
+    form = f"{where}: expected NAME MINUTES FLAGS"
+    require(len(parts) == 3, form)
+    try:
+        minutes = float(parts[1])
+    except ValueError:
+        raise UserError(f"{form}; {parts[1]!r} is no number of minutes") from None
+    require(0 < minutes < 1e6, f"{form}; minutes are above 0")
+    return parts[0], minutes, parts[2]
+
+
+def choices(flags):
+    """Yield (what was chosen, the flags) for each way to choose one of every {a,b}."""
+    pieces = re.split(r"\{([^{}]*)\}", flags)  # text, choices, text, choices, ..., text
+    options = [piece.split(",") for piece in pieces[1::2]]
+    for chosen in itertools.product(*options):
+        texts = list(pieces)
+        texts[1::2] = chosen
+        yield chosen, "".join(texts)
+
+
+def check(run, where):
+    """Raise UserError where the flags are wrong, or a finished run was made with others."""
+    try:
+        given = parse_settings(Settings, "", run.flags)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    ours = given.keys() & {"out", "resume", "dry_run"}
+    require(not ours, f"{where}: --{' --'.join(ours)}: the grid gives it")
+    path = run.out / "config.json"
+    if not path.exists():
+        return
+    saved = read_json(path).get("settings", {})
+    for name, value in given.items():
+        same = name in FREE or saved.get(name) == value
+        require(same, f"{where}: {path} has {name} {saved.get(name)}, the line {value}; move it")
+
+
+def finished(run):
+    return (run.out / "result.json").exists()
+
+
+# -------------------------------------------------------------------------------------------------
+# the runs
+
+
+def make(runs, jobs, threads):
+    """Make the runs, `jobs` at a time; return the names of those that failed.
+
+    A signal stops each of them after its step, with a checkpoint.
+    """
+    waiting = list(runs)
+    working = {}  # {process: run}
+    failed = []
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        signal.signal(number, signal.default_int_handler)  # as Ctrl-C
+    try:
+        with live("grid", len(runs)) as bar:
+            while waiting or working:
+                while waiting and len(working) < jobs:
+                    run = waiting.pop(0)
+                    working[start(run, threads)] = run
+                time.sleep(0.2)
+                for process in [p for p in working if p.poll() is not None]:
+                    run = working.pop(process)
+                    bar.update()
+                    if process.returncode == 0 and finished(run):
+                        tell(f"done: {last_line(run)}")
+                    else:
+                        failed.append(run.name)
+                        tell(f"failed: {run.name}: {last_line(run)}")
+    finally:
+        for process in working:
+            process.send_signal(signal.SIGTERM)
+        for process in working:
+            process.wait()
+    return failed
+
+
+def start(run, threads):
+    """Start a run, or resume it, in a process of its own, which no Ctrl-C reaches."""
+    command = [sys.executable, str(TRAIN), "--out", str(run.out)]
+    command += ["--resume"] if (run.out / "config.json").exists() else run.flags
+    with open(run.log, "a", encoding="utf-8") as log:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            start_new_session=True,
+        )
+
+
+def last_line(run):
+    text = run.log.read_text(encoding="utf-8", errors="replace").strip()
+    return text.splitlines()[-1] if text else "no output"
+
+
+def record(runs, failed, threads, folder):
+    """Write grid.json and return what it holds."""
+    done = [run for run in runs if finished(run)]
+    seconds = sum(read_json(run.out / "result.json")["train_seconds"] for run in done)
+    found = {
+        "planned": [run.name for run in runs],
+        "done": [run.name for run in done],
+        "failed": failed,
+        "core_hours_of_those_done": round(seconds * threads / 3600, 3),
+    }
+    write_json(folder / "grid.json", found)
+    return found
+
+
+# -------------------------------------------------------------------------------------------------
+# the command line
+
+
+def parse(argv):
+    parser = Parser(__doc__)
+    parser.prog = "python -m tools.grid"
+    add = parser.add_argument
+    add("grid", metavar="GRID", help="the file")
+    add("--out", metavar="DIR", required=True, help="folder of the runs")
+    cores = os.cpu_count() or 1
+    add("--jobs", type=int, default=cores, help=f"runs side by side; default {cores}, the cores")
+    add("--threads", type=int, default=1, help="of each run; default 1")
+    add("--hours", type=float, default=24.0, help="core-hours allowed; default 24")
+    add("--dry-run", action="store_true", help="print the runs and stop")
+    args = parser.parse_args(argv)
+    require(args.jobs > 0 and args.threads > 0, "--jobs and --threads: expected 1 or more")
+    return args
+
+
+@program
+def main(argv=None):
+    args = parse(argv)
+    folder = Path(args.out)
+    runs = read_grid(args.grid, folder)
+    left = [run for run in runs if not finished(run)]
+    hours = sum(run.minutes for run in left) / 60
+    tell(
+        f"{len(runs)} runs, {len(runs) - len(left)} of them finished; planned for the others: "
+        f"{hours:.2f} core-hours, {hours / args.jobs:.2f} hours with {args.jobs} at a time"
+    )
+    if args.dry_run:
+        for run in runs:
+            state = "finished" if finished(run) else f"{run.minutes:g} min"
+            tell(f"{run.name}  {state}  {shlex.join(run.flags)}")
+        return
+    require(hours <= args.hours, f"--hours {args.hours:g}: the plan has more; nothing was started")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "grid.lock", "ab") as file:
+        require(lock(file) != "taken", f"--out {folder}: another grid works there")
+        failed = []
+        try:
+            failed = make(left, args.jobs, args.threads)
+        finally:
+            found = record(runs, failed, args.threads, folder)
+            hours = found["core_hours_of_those_done"]
+            tell(f"{len(found['done'])} of {len(runs)} runs are done, in {hours:.2f} core-hours")
+    require(not failed, f"{len(failed)} runs failed: {' '.join(failed)}; their .log says why")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
