@@ -126,14 +126,15 @@ def our_step(name, shape, device, dtype, autocast=autocast, mark=lambda part: No
     """
     Method = METHODS[name]
     words = [5, 6] if Method.output_head == "words" else []
-    model = Bert(
-        BertConfig(**SHAPES[shape]),
-        Method.output_head,
-        outputs=2,
-        words=words,
-        pooler=not words,
-        mlm=bool(words),
-    ).to(device)
+    with device:  # makes the parameters there at once; on "meta" they get no random values
+        model = Bert(
+            BertConfig(**SHAPES[shape]),
+            Method.output_head,
+            outputs=2,
+            words=words,
+            pooler=not words,
+            mlm=bool(words),
+        ).to(device)
     given = {"task": "cola", "method": name}
     if name != "dense":
         given["density"] = 0.1
