@@ -452,8 +452,12 @@ def part_cost(args, device):
     gpu = cost.Device(1e12 * args.tflops, 1e12 * args.bandwidth, 1e-6 * args.launch)
     dtype = args.dtypes[-1]
     shape = args.cost_shape
-    print(f"cost, {shape}, {dtype}: {gpu}")
-    print("ms by part, of which the ratio is to dense; B: bytes for each weight of the encoder")
+    print(
+        f"cost, {shape}, {dtype}: {args.tflops:g} TFLOP/s, {args.bandwidth:g} TB/s, "
+        f"{args.launch:g} us a kernel; mean of ten steps in the ramp\n"
+        "columns: ms of a step, over dense, GB moved, kernels, ms of each part;\n"
+        "beyond dense: bytes (B) for each weight of the encoder's matrices, and kernels"
+    )
     columns = "".join(f"{part:>12}" for part in cost.PARTS)
     for size, length in COST_SIZES:
         print(f"{size} x {length:<10} {'ms':>8} {'ratio':>7} {'GB':>7} {'kernels':>8}{columns}")
