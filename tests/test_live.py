@@ -342,3 +342,24 @@ def test_plots(made, tmp_path, capsys):
     refused(capsys, [*argv, "."], "name of a file", main=report.main)
     assert report.main([str(word) for word in [*argv, tmp_path / "new" / "x.svg"]]) == 0
     assert (tmp_path / "new" / "x.svg").read_text().startswith("<?xml")
+
+
+def test_curves(made, tmp_path, capsys):
+    """Seeds are one point with a band, densities one line, other settings another line."""
+    pytest.importorskip("matplotlib")
+    settings = {"method": "smp-s", "teacher": None, "regression": "value", "lr": 1, "seed": 0}
+    found = []
+    four = ((1, 0.1, 0, 0.5), (1, 0.1, 1, 0.7), (1, 0.3, 0, 0.8), (2, 0.3, 0, 0.0))
+    for lr, density, seed, value in four:
+        result = {"task": "t", "method": "smp-s", "density": density, "metrics": {"f1": value}}
+        found.append((result, settings | {"lr": lr, "density": density, "seed": seed}))
+    lines = report.densities_of_lines(found)
+    assert lines["t", "smp-s"] == {0.1: [50.0, 70.0], 0.3: [80.0]}
+    assert lines["t", "smp-s (2)"] == {0.3: [0.0]}
+    assert report.spread([50.0, 70.0]) == pytest.approx(200**0.5)
+    runs = [str(made / "pairs"), str(made / "values")]
+    assert report.main([*runs, "--curve", str(tmp_path / "curve")]) == 0
+    assert "2 tasks" in capsys.readouterr().out
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    both = [made / "pairs", "--curve", tmp_path / "x.png", "--density", "0.1"]
+    refused(capsys, both, "--curve and --density: give one", main=report.main)

@@ -1,6 +1,7 @@
 """Reports over finished runs: a table, a picture, and the metrics at other densities.
 
     python -m tools.report runs/*                      one Markdown table over all runs
+    python -m tools.report runs/* --curve CURVE.png    metric against density, a line per method
     python -m tools.report RUN --plot RUN.png          densities and training curves, as a picture
     python -m tools.report RUN --plot RUN.png --best   the same with the densities of the best model
     python -m tools.report RUN --density 0.2 0.1 0.05  dev metrics at other densities
@@ -192,6 +193,105 @@ def table(runs):
 
 
 # -------------------------------------------------------------------------------------------------
+# pictures
+
+def new_figure(path, flag, size):
+    """Return (an empty figure, the path); a path without an ending gets .png.
+
+    Raises UserError where matplotlib is not installed, or cannot write such a file.
+    """
+    try:
+        from matplotlib.figure import Figure  # pyplot would want a display, and keeps a state
+    except ImportError:
+        advice = "which is not installed: pip install matplotlib"
+        raise UserError(f"{flag} draws with matplotlib, {advice}") from None
+    require(path.name, f"{flag} {path}: expected the name of a file")
+    if not path.suffix:
+        path = path.with_name(f"{path.name}.png")
+    figure = Figure(figsize=size, layout="constrained")
+    kinds = figure.canvas.get_supported_filetypes()
+    known = path.suffix[1:].lower() in kinds
+    require(known, f"{flag} {path}: the ending is none of {', '.join(sorted(kinds))}")
+    return figure, path
+
+
+def save_figure(figure, path):
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix[1:].lower(), dpi=150)
+    atomic_write(path, picture.getvalue())
+
+
+def curve(runs, path):
+    """Draw the first metric at the last step against density: a panel a task, a line a method.
+
+    A line is the mean over seeds, and its band one standard deviation each way. Dense runs are a
+    dashed line. Runs that differ in more than seed and density have lines of their own.
+    """
+    found = finished(runs)
+    lines = densities_of_lines(found)
+    metrics = {result["task"]: next(iter(result["metrics"])) for result, _ in found}
+    figure, path = new_figure(path, "--curve", size=(6.5 * len(metrics), 4.2))
+    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for panel, task in zip(panels, sorted(metrics)):
+        here = {label: points for (t, label), points in lines.items() if t == task}
+        draw_panel(panel, here)
+        panel.set(title=task, xlabel="density", ylabel=f"{metrics[task]} on dev, percent")
+    save_figure(figure, path)
+    print(f"{path}: {len(lines)} lines, {len(metrics)} tasks")
+
+
+def densities_of_lines(found):
+    """Return {(task, label): {density achieved, rounded: [the metric of each seed, in percent]}}.
+
+    A label is the method, what `variant` adds, and a number where several lines would share it.
+    """
+    names = common_names(found)
+    lines = {}
+    for result, settings in found:
+        compared = names[settings["method"]] - NOT_COMPARED - {"density", "teacher"}
+        key = json.dumps({name: settings[name] for name in compared}, sort_keys=True)
+        line = (result["task"], f"{result['method']}{variant(settings)}", key)
+        value = 100 * next(iter(result["metrics"].values()))
+        asked = result["density"] or round(result["achieved_density"], 2)
+        lines.setdefault(line, {}).setdefault(asked, []).append(value)
+    labelled = {}
+    for task, label, key in sorted(lines):
+        number = 2
+        name = label
+        while (task, name) in labelled:
+            name = f"{label} ({number})"
+            number += 1
+        labelled[task, name] = lines[task, label, key]
+    return labelled
+
+
+def spread(values):
+    """Return the standard deviation over seeds; 0 of a single one."""
+    return np.std(values, ddof=1) if len(values) > 1 else 0.0
+
+
+def draw_panel(axes, lines):
+    """Draw the lines {label: {density: values}} of a task."""
+    for i, (label, points) in enumerate(lines.items()):
+        color = f"C{i % 10}"
+        style = ("o-", "s--", "^:")[i // 10 % 3]  # there are ten colours
+        densities = sorted(points)
+        means = np.array([np.mean(points[density]) for density in densities])
+        spreads = np.array([spread(points[density]) for density in densities])
+        if label.startswith("dense"):
+            axes.axhline(means[-1], color="black", linestyle="--", label=label)
+            axes.axhspan(*(means[-1] + spreads[-1] * np.array([-1, 1])), color="black", alpha=0.1)
+            continue
+        axes.plot(densities, means, style, color=color, label=label)
+        axes.fill_between(densities, means - spreads, means + spreads, color=color, alpha=0.2)
+    shown = sorted({density for points in lines.values() for density in points if density < 1})
+    axes.set_xscale("log")
+    axes.set_xticks(shown, [f"{density:g}" for density in shown])
+    axes.minorticks_off()
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+# -------------------------------------------------------------------------------------------------
 # a picture of a run
 
 
@@ -213,33 +313,20 @@ def head_densities(model):
 def plot(run, which, path):
     """Draw a run: the density of each matrix and each attention head, and its training curves.
 
-    The curves are the loss, the density and the first metric on dev. A path without an ending
-    gets .png. Raises UserError where matplotlib is not installed, or cannot write such a file.
+    The curves are the loss, the density and the first metric on dev. Raises UserError as
+    `new_figure` does.
     """
-    try:
-        from matplotlib.figure import Figure  # pyplot would want a display, and keeps a state
-    except ImportError:
-        advice = "which is not installed: pip install matplotlib"
-        raise UserError(f"--plot draws with matplotlib, {advice}") from None
-    require(path.name, f"--plot {path}: expected the name of a file")
-    if not path.suffix:
-        path = path.with_name(f"{path.name}.png")
+    figure, path = new_figure(path, "--plot", size=(12, 3.6))
     model, task, _, settings = load_run(run, which)
     kept, sizes = kept_weights(model)
     per_head = head_densities(model)
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    kinds = figure.canvas.get_supported_filetypes()
-    known = path.suffix[1:].lower() in kinds
-    require(known, f"--plot {path}: the ending is none of {', '.join(sorted(kinds))}")
     density = kept.sum() / sizes.sum()
     figure.suptitle(f"{settings['method']} on {task.name}, density {density:.4f}")
     left, middle, right = figure.subplots(1, 3, width_ratios=(3, 4, 5))
     draw_densities(figure, left, kept / sizes, kind="matrix", names=list(model.matrices))
     draw_densities(figure, middle, per_head, kind="head", names=range(model.num_heads))
     draw_curves(right, read_log(run), metric=task.metrics[0])
-    picture = io.BytesIO()
-    figure.savefig(picture, format=path.suffix[1:].lower(), dpi=150)
-    atomic_write(path, picture.getvalue())
+    save_figure(figure, path)
     print(f"{path}: {kept.sum():,} of {sizes.sum():,} weights kept")
 
 
@@ -385,6 +472,7 @@ def main(argv=None):
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="run folder of train.py")
     add("--density", metavar="V", type=float, nargs="+", help="evaluate at other densities")
+    add("--curve", metavar="FILE", help="draw the metric of the runs against density (PNG, ...)")
     add("--plot", metavar="FILE", help="draw densities and training curves (PNG, PDF, SVG)")
     add("--best", action="store_true", help="--plot: the best checkpoint on dev, not the last step")
     add("--data-dir", metavar="DIR", default="data", help="folder of the data; default data")
@@ -392,7 +480,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if len(args.runs) > 1 and (args.plot or args.density):
         raise UserError("--plot and --density take one run")
-    require(not (args.plot and args.density), "--plot and --density: give one of them")
+    given = [f"--{name}" for name in ("curve", "plot", "density") if getattr(args, name)]
+    require(len(given) < 2, f"{' and '.join(given)}: give one of them")
     require(args.plot or not args.best, "--best: only with --plot")
     device = pick_device(args.device)
     run = args.runs[0]
@@ -400,6 +489,8 @@ def main(argv=None):
         sweep(run, args.density, device, args.data_dir)
     elif args.plot:
         plot(run, "best" if args.best else "model", Path(args.plot))
+    elif args.curve:
+        curve(args.runs, Path(args.curve))
     else:
         table(args.runs)
 
