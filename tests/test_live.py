@@ -349,12 +349,13 @@ def test_curves(made, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     settings = {"method": "smp-s", "teacher": None, "regression": "value", "lr": 1, "seed": 0}
     found = []
-    four = ((1, 0.1, 0, 0.5), (1, 0.1, 1, 0.7), (1, 0.3, 0, 0.8), (2, 0.3, 0, 0.0))
-    for lr, density, seed, value in four:
+    runs = [(1, 0.1, 0, 0.5), (1, 0.1, 1, 0.7), (1, 0.3, 0, 0.8)]
+    runs += [(2, 0.3, 0, 0.0), (3, 0.5, 0, 0.9)]  # in the way of the third; in nobody's way
+    for lr, density, seed, value in runs:
         result = {"task": "t", "method": "smp-s", "density": density, "metrics": {"f1": value}}
         found.append((result, settings | {"lr": lr, "density": density, "seed": seed}))
     lines = report.densities_of_lines(found)
-    assert lines["t", "smp-s"] == {0.1: [50.0, 70.0], 0.3: [80.0]}
+    assert lines["t", "smp-s"] == {0.1: [50.0, 70.0], 0.3: [80.0], 0.5: [90.0]}
     assert lines["t", "smp-s (2)"] == {0.3: [0.0]}
     assert report.spread([50.0, 70.0]) == pytest.approx(200**0.5)
     runs = [str(made / "pairs"), str(made / "values")]

@@ -49,6 +49,22 @@ def golden_inputs():
     return {name: torch.from_numpy(data[name][0]) for name in names}
 
 
+@pytest.mark.parametrize("name", ["smp-s", "movement", "l0"])
+def test_scores_lie_side_by_side(name):
+    """Those of one shape are parts of one tensor, and stay so when the optimizer moves them."""
+    _, method = make(name)
+    assert [len(stack) for stack in method.stacks] == [12, 3, 3]  # QKVO, U and D of three layers
+    optimizer = torch.optim.AdamW([linear.scores for linear in method.linears], lr=0.1)
+    for linear in method.linears:
+        linear.scores.grad = torch.ones_like(linear.scores)
+    for _ in range(2):
+        for stack in method.stacks:
+            scores = [linear.scores for linear in stack]
+            assert prune.as_one(scores).data_ptr() == scores[0].data_ptr()
+            assert torch.equal(prune.as_one(scores), torch.stack(scores))
+        optimizer.step()
+
+
 def test_exact_k_from_all_zero_scores():
     """All scores start at 0, so all are tied: each mask keeps the first int(v * numel) weights.
 

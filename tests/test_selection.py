@@ -139,3 +139,15 @@ def test_an_adversarial_order():
         ordered = np.sort(values)[::-1]
         for k in (1, 2, 1000, n // 2, n - 1, n):
             assert selection.kth_largest(values, k) == ordered[k - 1]
+
+
+def test_matrices_side_by_side_are_not_copied():
+    """`as_one` gives the tensor that they are parts of, and else a copy of them in their order."""
+    whole = torch.randn(4, 3, 5)
+    parts = list(whole)
+    assert selection.as_one(parts).data_ptr() == whole.data_ptr()
+    assert torch.equal(selection.as_one(parts[1:3]), whole[1:3])
+    for others in (parts[::-1], [parts[0], parts[2]], [parts[0], parts[1].clone()]):
+        together = selection.as_one(others)
+        assert torch.equal(together, torch.stack(others))
+        assert together.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr()

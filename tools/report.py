@@ -241,28 +241,39 @@ def curve(runs, path):
 
 
 def densities_of_lines(found):
-    """Return {(task, label): {density achieved, rounded: [the metric of each seed, in percent]}}.
+    """Return {(task, label): {density: [the metric of each seed, in percent]}}.
 
-    A label is the method, what `variant` adds, and a number where several lines would share it.
+    A label is the method with what `variant` adds. Runs of one label make one line, although a
+    recipe may differ by density. Where two of them have the same density and seed, the runs with
+    the other settings make a second line, "label (2)".
     """
     names = common_names(found)
-    lines = {}
+    groups = {}  # runs that differ in density and seed alone
     for result, settings in found:
         compared = names[settings["method"]] - NOT_COMPARED - {"density", "teacher"}
         key = json.dumps({name: settings[name] for name in compared}, sort_keys=True)
-        line = (result["task"], f"{result['method']}{variant(settings)}", key)
+        label = f"{result['method']}{variant(settings)}"
+        density = result["density"] or round(result["achieved_density"], 2)
         value = 100 * next(iter(result["metrics"].values()))
-        asked = result["density"] or round(result["achieved_density"], 2)
-        lines.setdefault(line, {}).setdefault(asked, []).append(value)
-    labelled = {}
-    for task, label, key in sorted(lines):
-        number = 2
+        group = groups.setdefault((result["task"], label, key), {})
+        group[density, settings.get("seed", 0)] = value
+    lines = {}  # {(task, label): {(density, seed): value}}
+    for (task, label, _), group in sorted(groups.items()):
         name = label
-        while (task, name) in labelled:
+        number = 2
+        while lines.get((task, name), {}).keys() & group.keys():
             name = f"{label} ({number})"
             number += 1
-        labelled[task, name] = lines[task, label, key]
-    return labelled
+        lines.setdefault((task, name), {}).update(group)
+    return {name: by_density(line) for name, line in lines.items()}
+
+
+def by_density(line):
+    """Turn {(density, seed): value} into {density: [values]}."""
+    points = {}
+    for (density, _), value in sorted(line.items()):
+        points.setdefault(density, []).append(value)
+    return points
 
 
 def spread(values):
