@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import fake_cuda
 import pytest
@@ -66,7 +67,7 @@ def start_of_command(folder):
 
 @pytest.fixture(scope="module")
 def errors(tiny, kinds, tmp_path_factory):
-    """{case or fault: its error or None}, all from one process."""
+    """{case or fault: its error or None}, from two processes side by side."""
     folder = tmp_path_factory.mktemp("cuda")
     command = start_of_command(folder)
     teacher = folder / "teacher"
@@ -84,16 +85,30 @@ def errors(tiny, kinds, tmp_path_factory):
         cases[case] = ([*tiny, *two_steps, *flags], None)
     for fault, (flags, _, _) in FAULTS.items():
         cases[fault] = ([*tiny, *two_steps, *shlex.split(flags)], fault)
+    items = list(cases.items())
+    processes = [start_process(command, folder, dict(half)) for half in (items[::2], items[1::2])]
+    found = {}
+    for process in processes:
+        output, problems = process.communicate()
+        assert process.returncode == 0, problems
+        found |= dict(json.loads(line) for line in output.splitlines())
+    return found
+
+
+def start_process(command, folder, cases):
+    """Start a process that runs the cases, on one thread."""
     paths = os.pathsep.join([str(fake_cuda.ROOT), str(fake_cuda.ROOT / "tests")])
-    done = subprocess.run(
-        command,
-        input=json.dumps(cases),
-        env=os.environ | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(line) for line in done.stdout.splitlines())
+    with tempfile.TemporaryFile("w+", dir=folder) as given:
+        json.dump(cases, given)
+        given.seek(0)
+        return subprocess.Popen(
+            command,
+            stdin=given,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        )
 
 
 def test_every_method_has_a_case():
