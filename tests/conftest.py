@@ -125,8 +125,9 @@ def kinds(tmp_path_factory):
 
 
 def pytest_collection_modifyitems(items):
-    """Put the tests last that wait for the demo."""
-    items.sort(key=lambda item: "default_command" in item.fixturenames)
+    """Put the tests last that wait for the demo, and then those that keep all cores busy."""
+    for fixture in ("default_command", "errors_on_cuda"):
+        items.sort(key=lambda item, fixture=fixture: fixture in item.fixturenames)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -66,7 +66,7 @@ def start_of_command(folder):
 
 
 @pytest.fixture(scope="module")
-def errors(tiny, kinds, tmp_path_factory):
+def errors_on_cuda(tiny, kinds, tmp_path_factory):
     """{case or fault: its error or None}, from two processes side by side."""
     folder = tmp_path_factory.mktemp("cuda")
     command = start_of_command(folder)
@@ -116,15 +116,16 @@ def test_every_method_has_a_case():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_training_on_cuda(case, errors):
+def test_training_on_cuda(case, errors_on_cuda):
     """Nothing raises, all state is on the device, and no step makes the host wait."""
-    assert errors[case] is None
+    assert errors_on_cuda[case] is None
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_caught(fault, errors):
+def test_a_fault_is_caught(fault, errors_on_cuda):
     """The error names the line."""
     _, file, code = FAULTS[fault]
-    assert errors[fault] is not None
-    assert errors[fault].startswith(file)
-    assert code in errors[fault]
+    error = errors_on_cuda[fault]
+    assert error is not None
+    assert error.startswith(file)
+    assert code in error
