@@ -798,8 +798,9 @@ def n_of_m_mask(scores, density, m):
     missing = int(density * scores.numel()) - n * values[..., 0].numel()
     if missing > 0:
         following = torch.where(rank == n, values, 0.0).sum(2)  # (out, in / m)
-        (chosen,), _ = top_k_masks(following[None], torch.full((1,), missing, device=scores.device))
-        mask |= (rank == n) & chosen[..., None]
+        count = torch.full((1,), missing, device=scores.device)
+        (chosen,), _ = top_k_masks(following.view(1, -1), count)  # a sort: never wrong
+        mask |= (rank == n) & chosen.view_as(following)[..., None]
     return mask.flatten(1)  # (out, in / m, m) -> (out, in)
 
 

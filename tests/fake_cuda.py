@@ -175,7 +175,7 @@ def fake_device():
         replace(evaluation, "to_predictions", no_predictions)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         device = stack.enter_context(FakeDevice())
-        replace(evaluation, "MAX_TOKENS", {"cuda": 100})  # so that a split has several batches
+        replace(evaluation, "MAX_TOKENS", {"cuda": 400})  # so that a split has several batches
         replace(evaluation, "predict", waiting_once(evaluation.predict, device))
         yield device
 

@@ -1,18 +1,12 @@
 """tools/grid.py makes the runs of a small file, once each, and never counts one that failed."""
 
 import json
+import os
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 
 from tools import grid
-
-ROOT = Path(grid.__file__).parent.parent
-
 
 def test_a_line_is_many_runs(tmp_path, monkeypatch):
     """Every {a,b} is chosen in turn, variables are put in, and comments are left out."""
@@ -99,20 +93,20 @@ def test_other_flags_are_refused(made, tmp_path, capsys):
     assert "has lr" in capsys.readouterr().err
 
 
-def test_a_signal_stops_and_a_second_start_resumes(tiny, tmp_path):
+def test_a_signal_stops_and_a_second_start_resumes(tiny, tmp_path, monkeypatch):
     """SIGTERM lets a run write its checkpoint; the next start goes on from there."""
     flags = " ".join(tiny).replace("--max-steps 26", "--max-steps 120 --eval-every 120")
     (tmp_path / "grid").write_text(f"a 1 {flags} --method dense\n")
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "tools.grid", str(tmp_path / "grid"), "--out", str(out)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     log = out / "a" / "metrics.jsonl"
-    deadline = time.time() + 120
-    while not (log.exists() and '"step": 9' in log.read_text()) and time.time() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    process.communicate()
-    assert process.returncode == 130
+
+    def signal_at_step_9(seconds):
+        if log.exists() and '"step": 9' in log.read_text():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grid.time, "sleep", signal_at_step_9)
+        assert grid.main([str(tmp_path / "grid"), "--out", str(out)]) == 130
     assert (out / "a" / "checkpoint.safetensors").exists()
     assert not (out / "a" / "result.json").exists()
     assert json.loads((out / "grid.json").read_text())["done"] == []
