@@ -7,6 +7,7 @@ import signal
 import pytest
 
 from tools import grid
+from tools.record import read_record
 
 def test_a_line_is_many_runs(tmp_path, monkeypatch):
     """Every {a,b} is chosen in turn, variables are put in, and comments are left out."""
@@ -14,7 +15,7 @@ def test_a_line_is_many_runs(tmp_path, monkeypatch):
     file = tmp_path / "grid"
     line = "a  2.5  --model $MODEL_HERE --method {smp-s,pins} --density 0.3 --seed {0,1}  # four"
     file.write_text(f"# nothing\n\n{line}\nb 1 --method dense\n")
-    runs = grid.read_grid(file, tmp_path / "out")
+    runs = grid.read_grid(file, tmp_path / "out", known={})
     assert [run.name for run in runs] == ["a-smp-s-0", "a-smp-s-1", "a-pins-0", "a-pins-1", "b"]
     assert runs[2].flags == "--model demo/model --method pins --density 0.3 --seed 0".split()
     assert [run.minutes for run in runs] == [2.5] * 4 + [1.0]
@@ -61,13 +62,16 @@ def test_done_and_failed(made):
     """The failed run is named and not counted; the core-hours are those of the finished ones."""
     _, out, status = made
     assert status == 2
-    found = json.loads((out / "grid.json").read_text())
-    assert found["planned"] == ["good-dense", "good-smp-s", "bad"]
-    assert found["done"] == ["good-dense", "good-smp-s"]
-    assert found["failed"] == ["bad"]
-    results = [json.loads((out / n / "result.json").read_text()) for n in found["done"]]
+    state = json.loads((out / "grid.jsonl").read_text().splitlines()[0])
+    assert (state["planned"], state["done"], state["failed"]) == (3, 2, ["bad"])
+    runs = read_record(out / "grid.jsonl")
+    assert list(runs) == ["good-dense", "good-smp-s"]
+    results = [json.loads((out / name / "result.json").read_text()) for name in runs]
     seconds = sum(result["train_seconds"] for result in results)
-    assert found["core_hours_of_those_done"] == pytest.approx(seconds / 3600, abs=1e-3)
+    assert state["core_hours"] == pytest.approx(seconds / 3600, abs=1e-3)
+    for (recorded, settings), result in zip(runs.values(), results):
+        assert recorded["metrics"] == result["metrics"]
+        assert settings["method"] == result["method"]
 
 
 def test_what_is_finished_is_skipped(made, capsys):
@@ -78,7 +82,7 @@ def test_what_is_finished_is_skipped(made, capsys):
     assert "3 runs, 2 of them finished; planned for the others: 0.02 core-hours" in shown
     assert shown.count("  finished  ") == 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grid, "start", lambda run, threads: pytest.fail(run.name))
+        patch.setattr(grid, "start", lambda run: pytest.fail(run.name))
         file = file.with_name("good")
         file.write_text(made[0].read_text().splitlines()[0] + "\n")
         assert main(file, out) == 0
@@ -109,7 +113,7 @@ def test_a_signal_stops_and_a_second_start_resumes(tiny, tmp_path, monkeypatch):
         assert grid.main([str(tmp_path / "grid"), "--out", str(out)]) == 130
     assert (out / "a" / "checkpoint.safetensors").exists()
     assert not (out / "a" / "result.json").exists()
-    assert json.loads((out / "grid.json").read_text())["done"] == []
+    assert read_record(out / "grid.jsonl") == {}
     assert grid.main([str(tmp_path / "grid"), "--out", str(out)]) == 0
     assert "resumed" in (out / "a.log").read_text()
-    assert json.loads((out / "grid.json").read_text())["done"] == ["a"]
+    assert list(read_record(out / "grid.jsonl")) == ["a"]

@@ -11,7 +11,9 @@ Each line of GRID is a name, the minutes that a run takes on one core, and flags
 {a,b} stands for a, then for b; $NAME is a variable of the environment; the rest of a line after #
 is a comment. The folder of a run is DIR/stsb-smp-s-0.3-0, and its output is in the .log beside it.
 A second start skips what is finished and resumes what is not. A run that fails is named, and the
-others go on. DIR/grid.json says what was planned, done and failed, and the core-hours of it.
+others go on. DIR/grid.jsonl is the record: what was planned, done and failed, the core-hours of it,
+and the result of each run. A run that stands in the record is finished, also where its folder is
+gone. tools.report and tools.compare read a record like run folders.
 """
 
 import itertools
@@ -26,7 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools.common import Parser, UserError, live, lock, parse_settings, program, read_json, require
-from tools.common import tell, write_json
+from tools.common import tell
+from tools.record import read_record, read_run, write_record
 from train import Settings
 
 TRAIN = Path(__file__).parent.parent / "train.py"
@@ -41,6 +44,7 @@ class Planned:
     minutes: float  # on one core, as the file says
     flags: list  # of train.py, without --out
     out: Path
+    known: tuple = None  # (result, settings) from the record of an earlier start
 
     @property
     def log(self):
@@ -51,8 +55,11 @@ class Planned:
 # the file
 
 
-def read_grid(path, folder):
-    """Return the runs of a file in its order. Raises UserError with the line that is wrong."""
+def read_grid(path, folder, known):
+    """Return the runs of a file in its order. Raises UserError with the line that is wrong.
+
+    `known` is {name: (result, settings)} of a record.
+    """
     runs = {}
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         line = line.split("#")[0].strip()
@@ -66,7 +73,8 @@ def read_grid(path, folder):
             require(plain, f"{where}: {run_name!r} is no name of a folder")
             twice = run_name in runs
             require(not twice, f"{where}: a second run {run_name}; give the line another name")
-            run = Planned(run_name, minutes, shlex.split(text), folder / run_name)
+            out = folder / run_name
+            run = Planned(run_name, minutes, shlex.split(text), out, known.get(run_name))
             check(run, where)
             runs[run_name] = run
     require(runs, f"{path}: no run; expected lines of a name, minutes and flags of train.py")
@@ -107,38 +115,46 @@ def check(run, where):
     ours = given.keys() & {"out", "resume", "dry_run"}
     require(not ours, f"{where}: --{' --'.join(ours)}: the grid gives it")
     path = run.out / "config.json"
-    if not path.exists():
+    if path.exists():
+        saved = read_json(path).get("settings", {})
+    elif run.known:
+        path = f"the record of {run.name}"
+        saved = run.known[1]
+    else:
         return
-    saved = read_json(path).get("settings", {})
     for name, value in given.items():
-        same = name in FREE or saved.get(name) == value
-        require(same, f"{where}: {path} has {name} {saved.get(name)}, the line {value}; move it")
+        found = saved.get(name)
+        if isinstance(found, str):
+            found = os.path.expandvars(found)  # a record has names of variables
+        same = name in FREE or found == value
+        require(same, f"{where}: {path} has {name} {found}, the line {value}; move it")
 
 
 def finished(run):
-    return (run.out / "result.json").exists()
+    return run.known is not None or (run.out / "result.json").exists()
 
 
 # -------------------------------------------------------------------------------------------------
 # the runs
 
 
-def make(runs, jobs, threads):
-    """Make the runs, `jobs` at a time; return the names of those that failed.
+def make(runs, jobs, path):
+    """Make those of `runs` that are not finished, some at a time; return the names of failed ones.
 
-    A signal stops each of them after its step, with a checkpoint.
+    The record is written after each of them. A signal stops them after their step, with a
+    checkpoint.
     """
-    waiting = list(runs)
+    waiting = [run for run in runs if not finished(run)]
     working = {}  # {process: run}
     failed = []
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         signal.signal(number, signal.default_int_handler)  # as Ctrl-C
     try:
-        with live("grid", len(runs)) as bar:
+        with live("grid", len(waiting)) as bar:
             while waiting or working:
                 while waiting and len(working) < jobs:
                     run = waiting.pop(0)
-                    working[start(run, threads)] = run
+                    working[start(run)] = run
                 time.sleep(0.2)
                 for process in [p for p in working if p.poll() is not None]:
                     run = working.pop(process)
@@ -148,6 +164,7 @@ def make(runs, jobs, threads):
                     else:
                         failed.append(run.name)
                         tell(f"failed: {run.name}: {last_line(run)}")
+                    record(runs, failed, path)
     finally:
         for process in working:
             process.send_signal(signal.SIGTERM)
@@ -156,8 +173,8 @@ def make(runs, jobs, threads):
     return failed
 
 
-def start(run, threads):
-    """Start a run, or resume it, in a process of its own, which no Ctrl-C reaches."""
+def start(run):
+    """Start a run, or resume it, on one core, in a process of its own, which no Ctrl-C reaches."""
     command = [sys.executable, str(TRAIN), "--out", str(run.out)]
     command += ["--resume"] if (run.out / "config.json").exists() else run.flags
     with open(run.log, "a", encoding="utf-8") as log:
@@ -166,7 +183,7 @@ def start(run, threads):
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
             start_new_session=True,
         )
 
@@ -176,18 +193,14 @@ def last_line(run):
     return text.splitlines()[-1] if text else "no output"
 
 
-def record(runs, failed, threads, folder):
-    """Write grid.json and return what it holds."""
-    done = [run for run in runs if finished(run)]
-    seconds = sum(read_json(run.out / "result.json")["train_seconds"] for run in done)
-    found = {
-        "planned": [run.name for run in runs],
-        "done": [run.name for run in done],
-        "failed": failed,
-        "core_hours_of_those_done": round(seconds * threads / 3600, 3),
-    }
-    write_json(folder / "grid.json", found)
-    return found
+def record(runs, failed, path):
+    """Write what was planned, done and failed, and the results; return the core-hours."""
+    found = {run.name: run.known or read_run(run.out) for run in runs if finished(run)}
+    seconds = sum(result["train_seconds"] for result, _ in found.values())
+    hours = round(seconds / 3600, 3)
+    state = {"planned": len(runs), "done": len(found), "failed": failed, "core_hours": hours}
+    write_record(path, state, found)
+    return hours
 
 
 # -------------------------------------------------------------------------------------------------
@@ -200,13 +213,13 @@ def parse(argv):
     add = parser.add_argument
     add("grid", metavar="GRID", help="the file")
     add("--out", metavar="DIR", required=True, help="folder of the runs")
+    add("--record", metavar="FILE", help="the record; default DIR/grid.jsonl")
     cores = os.cpu_count() or 1
     add("--jobs", type=int, default=cores, help=f"runs side by side; default {cores}, the cores")
-    add("--threads", type=int, default=1, help="of each run; default 1")
     add("--hours", type=float, default=24.0, help="core-hours allowed; default 24")
     add("--dry-run", action="store_true", help="print the runs and stop")
     args = parser.parse_args(argv)
-    require(args.jobs > 0 and args.threads > 0, "--jobs and --threads: expected 1 or more")
+    require(args.jobs > 0, "--jobs: expected 1 or more")
     return args
 
 
@@ -214,7 +227,8 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     folder = Path(args.out)
-    runs = read_grid(args.grid, folder)
+    path = Path(args.record or folder / "grid.jsonl")
+    runs = read_grid(args.grid, folder, read_record(path) if path.exists() else {})
     left = [run for run in runs if not finished(run)]
     hours = sum(run.minutes for run in left) / 60
     tell(
@@ -232,11 +246,11 @@ def main(argv=None):
         require(lock(file) != "taken", f"--out {folder}: another grid works there")
         failed = []
         try:
-            failed = make(left, args.jobs, args.threads)
+            failed = make(runs, args.jobs, path)
         finally:
-            found = record(runs, failed, args.threads, folder)
-            hours = found["core_hours_of_those_done"]
-            tell(f"{len(found['done'])} of {len(runs)} runs are done, in {hours:.2f} core-hours")
+            hours = record(runs, failed, path)
+            done = sum(finished(run) for run in runs)
+            tell(f"{done} of {len(runs)} runs are done, in {hours:.2f} core-hours")
     require(not failed, f"{len(failed)} runs failed: {' '.join(failed)}; their .log says why")
 
 

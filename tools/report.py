@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import io
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +31,7 @@ from prune import METHODS, encoder_matrices
 from tools.common import Parser, UserError, atomic_write, pick_device, program, read_json
 from tools.common import read_safetensors, require, tell
 from tools.fetch import find_model
+from tools.record import read_record, read_run
 from tools.sizes import kept_weights
 
 # -------------------------------------------------------------------------------------------------
@@ -84,53 +86,26 @@ def expand(folders):
     return list(runs.values())
 
 
-# What a table needs of the two files of a run.
-RESULT = {
-    "task": str,
-    "method": str,
-    "density": (int, float, type(None)),
-    "achieved_density": float,
-    "metrics": dict,
-    "best": dict,
-    "epochs": (int, float),
-    "train_seconds": (int, float),
-}
-SETTINGS = {"method": str, "teacher": (str, type(None)), "regression": str}
+def finished(runs, patterns=("*",)):
+    """Return (result, settings) of each finished run; name the others on stderr.
 
-
-def finished(runs):
-    """Return (result, settings) of each finished run; name the others on stderr."""
+    `runs` are folders, and records of runs. The name of a run fits one of `patterns`, as "stsb-*".
+    """
     found = []
     for run in expand(runs):
         try:
-            found.append(read_run(run))
+            found += read_record(run).values() if run.is_file() else [read_run(run)]
         except (UserError, OSError) as error:
             tell(f"left out: {error}", sys.stderr)
+    found = [(result, settings) for result, settings in found if fits(settings, patterns)]
     require(found, "no finished run among these folders")
     return found
 
 
-def read_run(run):
-    """Return (result, settings) of a run; UserError where it is not finished, or damaged."""
-    path = run / "result.json"
-    require(path.exists(), f"{run}: no result.json; a run that is not finished, or none")
-    result = read_json(path)
-    settings = read_json(run / "config.json").get("settings")
-    check_values(path, result, RESULT)
-    check_values(path, result["best"], {"metrics": dict})
-    require(isinstance(settings, dict), f"{run}/config.json: no settings")
-    check_values(run / "config.json", settings, SETTINGS)
-    for metrics in (result["metrics"], result["best"]["metrics"]):
-        numbers = all(isinstance(value, (int, float)) for value in metrics.values())
-        require(metrics and numbers, f"{path}: metrics are {metrics}, expected numbers")
-    return result, settings
-
-
-def check_values(path, found, types):
-    """Raise UserError unless `found` has each name of `types`, with a value of its type."""
-    for name, kind in types.items():
-        valid = name in found and isinstance(found[name], kind)
-        require(valid, f"{path}: {name} is missing, or not of the kind that train.py writes")
+def fits(settings, patterns):
+    """Is the name of a run, which is that of its folder, one of `patterns`?"""
+    name = Path(settings.get("out") or "").name
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def common_names(found):
@@ -173,9 +148,9 @@ def cell(rows):
     return ", ".join(texts)
 
 
-def table(runs):
-    """Print a Markdown table of `runs`; runs that differ only in their seed make one row."""
-    rows = grouped(finished(runs))
+def table(found):
+    """Print a Markdown table of runs; those that differ only in their seed make one row."""
+    rows = grouped(found)
     print(HEADER)
     for added, results in rows:
         first = results[0]
@@ -194,6 +169,7 @@ def table(runs):
 
 # -------------------------------------------------------------------------------------------------
 # pictures
+
 
 def new_figure(path, flag, size):
     """Return (an empty figure, the path); a path without an ending gets .png.
@@ -221,13 +197,12 @@ def save_figure(figure, path):
     atomic_write(path, picture.getvalue())
 
 
-def curve(runs, path):
+def curve(found, path):
     """Draw the first metric at the last step against density: a panel a task, a line a method.
 
     A line is the mean over seeds, and its band one standard deviation each way. Dense runs are a
     dashed line. Runs that differ in more than seed and density have lines of their own.
     """
-    found = finished(runs)
     lines = densities_of_lines(found)
     metrics = {result["task"]: next(iter(result["metrics"])) for result, _ in found}
     figure, path = new_figure(path, "--curve", size=(6.5 * len(metrics), 4.2))
@@ -481,7 +456,8 @@ def main(argv=None):
     parser = Parser(__doc__)
     parser.prog = "python -m tools.report"
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="run folder of train.py")
+    add("runs", nargs="+", metavar="RUN", help="run folder of train.py, or record of tools.grid")
+    add("--only", nargs="+", metavar="NAME", default=["*"], help="runs of these names, as 'stsb-*'")
     add("--density", metavar="V", type=float, nargs="+", help="evaluate at other densities")
     add("--curve", metavar="FILE", help="draw the metric of the runs against density (PNG, ...)")
     add("--plot", metavar="FILE", help="draw densities and training curves (PNG, PDF, SVG)")
@@ -501,9 +477,9 @@ def main(argv=None):
     elif args.plot:
         plot(run, "best" if args.best else "model", Path(args.plot))
     elif args.curve:
-        curve(args.runs, Path(args.curve))
+        curve(finished(args.runs, args.only), Path(args.curve))
     else:
-        table(args.runs)
+        table(finished(args.runs, args.only))
 
 
 if __name__ == "__main__":
