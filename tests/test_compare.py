@@ -1,0 +1,116 @@
+"""Records of runs, and differences between methods with their intervals."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tools import compare, report
+from tools.record import read_record, write_record
+
+
+def run(name, metric, method="smp-s", density=0.1, seed=0, task="stsb", **more):
+    """{name: (result, settings)} of a run, as a record has it."""
+    metrics = {"pearson": metric / 100}
+    result = {
+        "task": task,
+        "method": method,
+        "density": density,
+        "achieved_density": density,
+        "metrics": metrics,
+        "best": {"metrics": metrics},
+        "epochs": 3,
+        "train_seconds": 1.5,
+    }
+    settings = {"method": method, "teacher": "none", "regression": "interpolate", "seed": seed}
+    return {name: (result, settings | {"model": "m", "out": f"runs/{name}"} | more)}
+
+
+@pytest.fixture
+def record(tmp_path):
+    """Two methods at two densities with two seeds, and dense."""
+    runs = {}
+    values = {(0.1, 0): (70, 66), (0.1, 1): (72, 70), (0.03, 0): (60, 61), (0.03, 1): (62, 61)}
+    for (density, seed), (first, second) in values.items():
+        of = {"density": density, "seed": seed}
+        runs |= run(f"a-{density:g}-{seed}", first, **of)
+        runs |= run(f"b-{density:g}-{seed}", second, method="smp-l", **of)
+    for seed in (0, 1):
+        runs |= run(f"dense-{seed}", 71, method="dense", density=1.0, seed=seed)
+    write_record(tmp_path / "record.jsonl", {"planned": 10}, runs)
+    return tmp_path / "record.jsonl"
+
+
+def compared(capsys, record, *flags):
+    assert compare.main([str(record), *flags]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_record_holds_what_reports_need(record, capsys):
+    """What is written is read again, without folders of this machine; a report prints it."""
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    assert lines[0]["common"] == {"teacher": "none", "regression": "interpolate", "model": "m"}
+    assert lines[1]["settings"] == {"method": "smp-s", "seed": 0}
+    (result, settings) = read_record(record)["b-0.03-1"]
+    assert result["metrics"] == {"pearson": 0.61}
+    assert settings["method"] == "smp-l" and settings["model"] == "m" and settings["seed"] == 1
+    assert report.main([str(record), "--only", "b-*"]) == 0
+    rows = [row.split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
+    shown = [(row[4], row[6]) for row in rows]  # seeds, last step
+    assert shown == [("2", "pearson 68.0 ± 2.8"), ("2", "pearson 61.0 ± 0.0")]
+
+
+def test_a_path_in_a_variable_is_recorded_as_the_variable(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_MODEL", "/home/me/model")
+    write_record(tmp_path / "r", {}, run("a", 1, model="/home/me/model"))
+    assert "/home" not in (tmp_path / "r").read_text()
+    assert read_record(tmp_path / "r")["a"][1]["model"] == "$SOME_MODEL"
+
+
+WRONG = {
+    "no line": ("", "empty; not a record"),
+    "not JSON": ("{\n", ":1: not a JSON object"),
+    "a log": ('{"step": 1}\n', ":1: no common settings"),
+    "no result": ('{"common": {}}\n{"run": "a", "settings": {}}\n', ":2: expected a run"),
+    "a result without a metric": (
+        '{"common": {}}\n{"run": "a", "settings": {}, "result": {"task": "x"}}\n',
+        ":2: method is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_records(case, tmp_path, capsys):
+    """A wrong record is left out, with one line that names it and the line."""
+    text, expected = WRONG[case]
+    (tmp_path / "r").write_text(text)
+    assert report.main([str(tmp_path / "r")]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 2 and expected in error[0] and str(tmp_path / "r") in error[0]
+
+
+def test_pairs_and_their_interval(record, capsys):
+    """By hand: differences 4, 2 and -1, 1: s^2 is 2, the error sqrt(2/2 + 2/2)/2, t(2) 4.30."""
+    out = compared(capsys, record, "--first", "a-*", "--second", "b-*")
+    assert "| stsb | 0.1 | 2 | 71.0 | 68.0 | +3.0 ± 1.4 |" in out
+    assert "| stsb | 0.03 | 2 | 61.0 | 61.0 | +0.0 ± 1.4 |" in out
+    assert "mean of 4 pairs in 2 cells +1.5, 95% interval -1.5 to +4.5: cannot be told apart" in out
+    one_density = compared(capsys, record, "--first", "a-*", "--second", "b-*", "--density", "0.03")
+    assert "mean of 2 pairs in 1 cells +0.0" in one_density
+
+
+def test_dense_is_a_pair_of_every_density(record, capsys):
+    out = compared(capsys, record, "--first", "a-0.03-*", "--second", "dense-*")
+    assert "| stsb | 0.03 | 2 | 61.0 | 71.0 | -10.0 ± 1.4 |" in out
+
+
+def test_intervals_of_one_seed_per_cell():
+    """They rest on the cells: for 1, 2, 3 the error is 1 / sqrt(3) and t(2) is 4.30."""
+    mean, half = compare.interval([np.array([1.0]), np.array([2.0]), np.array([3.0])])
+    assert (mean, half) == (2.0, pytest.approx(4.30 / 3**0.5))
+    assert compare.interval([np.array([1.0])]) == (1.0, None)
+
+
+def test_no_pair(record, capsys):
+    assert compare.main([str(record), "--first", "a-0.1-*", "--second", "b-0.03-*"]) == 2
+    assert "no pair" in capsys.readouterr().err
