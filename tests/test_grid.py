@@ -8,6 +8,7 @@ import pytest
 
 from tools import grid
 from tools.record import read_record
+from train import Settings
 
 def test_a_line_is_many_runs(tmp_path, monkeypatch):
     """Every {a,b} is chosen in turn, variables are put in, and comments are left out."""
@@ -15,7 +16,7 @@ def test_a_line_is_many_runs(tmp_path, monkeypatch):
     file = tmp_path / "grid"
     line = "a  2.5  --model $MODEL_HERE --method {smp-s,pins} --density 0.3 --seed {0,1}  # four"
     file.write_text(f"# nothing\n\n{line}\nb 1 --method dense\n")
-    runs = grid.read_grid(file, tmp_path / "out", known={})
+    runs = grid.read_grid(file, tmp_path / "out", known={}, Settings=Settings)
     assert [run.name for run in runs] == ["a-smp-s-0", "a-smp-s-1", "a-pins-0", "a-pins-1", "b"]
     assert runs[2].flags == "--model demo/model --method pins --density 0.3 --seed 0".split()
     assert [run.minutes for run in runs] == [2.5] * 4 + [1.0]
@@ -82,7 +83,7 @@ def test_what_is_finished_is_skipped(made, capsys):
     assert "3 runs, 2 of them finished; planned for the others: 0.02 core-hours" in shown
     assert shown.count("  finished  ") == 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grid, "start", lambda run: pytest.fail(run.name))
+        patch.setattr(grid, "start", lambda run, name: pytest.fail(run.name))
         file = file.with_name("good")
         file.write_text(made[0].read_text().splitlines()[0] + "\n")
         assert main(file, out) == 0

@@ -20,8 +20,11 @@ MAY_IMPORT = {
     "prune": {"tools.selection"},
     "eval": {"data", "model", "prune", "tools.sizes", *BASE},
     "train": {"data", "model", "prune", "eval", *BASE},
-    "tools/report": ALL - {"train"},
-    "tools/grid": {"tools.common", "train"},
+    "tools/record": {"tools.common"},
+    "tools/report": {"tools.record", *ALL} - {"train"},
+    "tools/compare": {"tools.common", "tools.report"},
+    "tools/grid": {"tools.common", "tools.record"},  # and the module of --program
+    "tools/variants": {"tools.selection", "prune", "train"},
     "tools/masks": ALL,
     "tools/deploy": {"tools.timing", "tools.masks", *ALL},
     "tools/bench": {"tools.timing", "tools.deploy", "tools.selection", "tools.cost", *ALL},

@@ -16,6 +16,7 @@ and the result of each run. A run that stands in the record is finished, also wh
 gone. tools.report and tools.compare read a record like run folders.
 """
 
+import importlib
 import itertools
 import os
 import re
@@ -30,9 +31,8 @@ from pathlib import Path
 from tools.common import Parser, UserError, live, lock, parse_settings, program, read_json, require
 from tools.common import tell
 from tools.record import read_record, read_run, write_record
-from train import Settings
 
-TRAIN = Path(__file__).parent.parent / "train.py"
+ROOT = Path(__file__).parent.parent
 FREE = ("data_dir", "device")  # settings that may differ from those of a finished run
 
 
@@ -55,10 +55,10 @@ class Planned:
 # the file
 
 
-def read_grid(path, folder, known):
+def read_grid(path, folder, known, Settings):
     """Return the runs of a file in its order. Raises UserError with the line that is wrong.
 
-    `known` is {name: (result, settings)} of a record.
+    `known` is {name: (result, settings)} of a record, and `Settings` is the class of the flags.
     """
     runs = {}
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
@@ -75,7 +75,7 @@ def read_grid(path, folder, known):
             require(not twice, f"{where}: a second run {run_name}; give the line another name")
             out = folder / run_name
             run = Planned(run_name, minutes, shlex.split(text), out, known.get(run_name))
-            check(run, where)
+            check(run, where, Settings)
             runs[run_name] = run
     require(runs, f"{path}: no run; expected lines of a name, minutes and flags of train.py")
     return list(runs.values())
@@ -106,7 +106,7 @@ def choices(flags):
         yield chosen, "".join(texts)
 
 
-def check(run, where):
+def check(run, where, Settings):
     """Raise UserError where the flags are wrong, or a finished run was made with others."""
     try:
         given = parse_settings(Settings, "", run.flags)
@@ -138,7 +138,7 @@ def finished(run):
 # the runs
 
 
-def make(runs, jobs, path):
+def make(runs, program_name, jobs, path):
     """Make those of `runs` that are not finished, some at a time; return the names of failed ones.
 
     The record is written after each of them. A signal stops them after their step, with a
@@ -154,7 +154,7 @@ def make(runs, jobs, path):
             while waiting or working:
                 while waiting and len(working) < jobs:
                     run = waiting.pop(0)
-                    working[start(run)] = run
+                    working[start(run, program_name)] = run
                 time.sleep(0.2)
                 for process in [p for p in working if p.poll() is not None]:
                     run = working.pop(process)
@@ -173,17 +173,19 @@ def make(runs, jobs, path):
     return failed
 
 
-def start(run):
+def start(run, program_name):
     """Start a run, or resume it, on one core, in a process of its own, which no Ctrl-C reaches."""
-    command = [sys.executable, str(TRAIN), "--out", str(run.out)]
+    command = [sys.executable, "-m", program_name, "--out", str(run.out)]
     command += ["--resume"] if (run.out / "config.json").exists() else run.flags
+    places = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    here = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, places))}
     with open(run.log, "a", encoding="utf-8") as log:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | here,
             start_new_session=True,
         )
 
@@ -217,10 +219,19 @@ def parse(argv):
     cores = os.cpu_count() or 1
     add("--jobs", type=int, default=cores, help=f"runs side by side; default {cores}, the cores")
     add("--hours", type=float, default=24.0, help="core-hours allowed; default 24")
+    add("--program", default="train", help="module with flags as train has; default train")
     add("--dry-run", action="store_true", help="print the runs and stop")
     args = parser.parse_args(argv)
     require(args.jobs > 0, "--jobs: expected 1 or more")
     return args
+
+
+def settings_of(name):
+    """Return the class of the settings of a module such as train; UserError where it has none."""
+    try:
+        return importlib.import_module(name).Settings
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"--program {name}: no module with Settings ({error})") from None
 
 
 @program
@@ -228,7 +239,8 @@ def main(argv=None):
     args = parse(argv)
     folder = Path(args.out)
     path = Path(args.record or folder / "grid.jsonl")
-    runs = read_grid(args.grid, folder, read_record(path) if path.exists() else {})
+    known = read_record(path) if path.exists() else {}
+    runs = read_grid(args.grid, folder, known, settings_of(args.program))
     left = [run for run in runs if not finished(run)]
     hours = sum(run.minutes for run in left) / 60
     tell(
@@ -246,7 +258,7 @@ def main(argv=None):
         require(lock(file) != "taken", f"--out {folder}: another grid works there")
         failed = []
         try:
-            failed = make(runs, args.jobs, path)
+            failed = make(runs, args.program, args.jobs, path)
         finally:
             hours = record(runs, failed, path)
             done = sum(finished(run) for run in runs)

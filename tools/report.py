@@ -154,9 +154,10 @@ def table(found):
     print(HEADER)
     for added, results in rows:
         first = results[0]
-        asked = "by lambda" if METHODS[first["method"]].output_head else "as found"  # fixed
         if first.get("density"):
             asked = f"{first['density']:g}"
+        else:
+            asked = "as found" if first["method"] == "fixed" else "by lambda"
         achieved = np.mean([result["achieved_density"] for result in results])
         last_step = cell([result["metrics"] for result in results])
         best = cell([result["best"]["metrics"] for result in results])

@@ -1,0 +1,53 @@
+"""The variants of SMP in tools/variants.py, run as a user runs them: in a process of their own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import GOLDEN, ROOT
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, tmp_path_factory):
+    """The folder of a run of each variant, made by a grid."""
+    folder = tmp_path_factory.mktemp("variants")
+    methods = "--method {smp-global,smp-head,smp-words} --density 0.2"
+    (folder / "grid").write_text(f"a 1 {' '.join(tiny)} {methods}\n")
+    command = [sys.executable, "-m", "tools.grid", str(folder / "grid"), "--out", str(folder)]
+    command += ["--program", "tools.variants", "--jobs", "2"]
+    subprocess.run(command, cwd=ROOT, check=True, env=os.environ, capture_output=True)
+    return folder
+
+
+def test_global_keeps_the_largest_scores_of_the_encoder(runs):
+    tensors = load_file(runs / "a-smp-global" / "scores.safetensors")
+    masks = [name for name in tensors if name.endswith(".mask")]
+    mask = torch.cat([tensors[name].flatten() for name in masks]).bool()
+    scores = torch.cat([tensors[name.replace(".mask", ".scores")].flatten() for name in masks])
+    assert int(mask.sum()) == int(0.2 * mask.numel())
+    assert scores[mask].min() >= scores[~mask].max()
+    kept = {round(tensors[name].float().mean().item(), 3) for name in masks}
+    assert len(kept) > 1  # not a ranking per matrix
+
+
+def trained(run):
+    """The names of the tensors of a run's model that are not those of the model it began with."""
+    before = load_file(GOLDEN / "tiny-bert" / "model.safetensors")
+    after = load_file(run / "model" / "model.safetensors")
+    changed = {name for name in before if name in after and not same(before[name], after[name])}
+    return changed | (after.keys() - before.keys())
+
+
+def same(one, other):
+    return bool(((one == other) | (other == 0)).all())  # 0: what the masks have dropped
+
+
+@pytest.mark.parametrize("method, inside", [("smp-head", "pooler"), ("smp-words", "cls.")])
+def test_only_the_head_is_trained(method, inside, runs):
+    names = trained(runs / f"a-{method}")
+    assert any(inside in name for name in names)
+    assert not any("encoder" in name or "embeddings" in name for name in names), names
