@@ -534,6 +534,38 @@ def test_masked_weights_learn_by_their_mask_only():
     assert model.classifier.weight.grad.any()
 
 
+def masks_after_training(name, score_lr, **changes):
+    """The masks and scores of the first matrix after ten steps of AdamW."""
+    model, method = make(name, score_lr=score_lr, **changes)
+    optimizer = torch.optim.AdamW(method.groups())
+    model.eval()  # without dropout
+    for step in range(10):
+        method.update(step)
+        F.cross_entropy(model(**golden_inputs()), torch.arange(8) % 3).backward()
+        method.penalise(step)
+        optimizer.step()
+        optimizer.zero_grad()
+    method.update(10)
+    linear = method.linears[0]
+    return linear.mask, linear.scores.detach()
+
+
+@pytest.mark.parametrize("name", ["smp-l", "movement"])
+def test_the_rate_of_the_scores_acts_through_the_regulariser_alone(name):
+    """A mask depends on the order of the scores, and AdamW's steps are proportional to the rate.
+
+    So a rate that is 8 times as large gives scores that are 8 times as large, and the same masks.
+    Only what depends on the size of a score changes that: the regulariser.
+    """
+    mask, scores = masks_after_training(name, 0.02, reg_lambda=0.0)
+    same_mask, larger = masks_after_training(name, 0.16, reg_lambda=0.0)
+    assert torch.equal(mask, same_mask) and torch.equal(8 * scores, larger)
+    if name == "smp-l":
+        _, scores = masks_after_training(name, 0.02, reg_lambda=400.0)
+        _, larger = masks_after_training(name, 0.16, reg_lambda=400.0)
+        assert not torch.equal(8 * scores, larger)
+
+
 def test_hard_concrete():
     """L0's gates have the published form and depend on nothing but the scores, seed and step.
 
