@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -124,34 +124,52 @@ def kinds(tmp_path_factory):
     return {kind: str(folder / f"{kind}.json") for kind in ("span", "tag")}
 
 
+# What takes long runs beside the other tests, on one core: the demo, and then the CUDA tests.
+LONG = ("default_command", "errors_on_cuda")
+
+
 def pytest_collection_modifyitems(items):
-    """Put the tests last that wait for the demo, and then those that keep all cores busy."""
-    for fixture in ("default_command", "errors_on_cuda"):
+    """Put the tests last that wait for what runs beside the others."""
+    for fixture in LONG:
         items.sort(key=lambda item, fixture=fixture: fixture in item.fixturenames)
 
 
+class Background:
+    """Commands that run one after another, each on one thread, beside the tests."""
+
+    def __init__(self):
+        self.pool = ThreadPoolExecutor(max_workers=1)
+        self.process = None
+
+    def start(self, command, **options):
+        """Return a future: its result is what the command printed."""
+        return self.pool.submit(self.run, command, options)
+
+    def run(self, command, options):
+        options["env"] = os.environ | {"OMP_NUM_THREADS": "1"} | options.get("env", {})
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, **pipes, **options)
+        out, err = self.process.communicate()
+        assert self.process.returncode == 0, err
+        return out
+
+    def stop(self):
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        if self.process:
+            self.process.kill()
+
+
 @pytest.fixture(scope="session", autouse=True)
-def demo_in_background(request, tmp_path_factory):
-    """A function that returns the folder in which `python train.py` ran, and what it printed.
+def in_background(request):
+    """{fixture of LONG: what its function `begin` returned}, of those that a test needs.
 
-    It takes most of a minute. It therefore starts before the first test and runs beside the others,
-    if a test that needs it was collected.
+    They start before the first test.
     """
-    needed = [item for item in request.session.items if "default_command" in item.fixturenames]
-    if not needed:
-        yield None
-        return
-    folder = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, str(ROOT / "train.py")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=folder, env=one_thread, **pipes)
-
-    def wait():
-        out, err = process.communicate()
-        assert process.returncode == 0, err
-        return folder, out
-
-    yield wait
-    process.kill()
-    process.wait()
+    background = Background()
+    begun = {}
+    for fixture in LONG:
+        needed = [item for item in request.session.items if fixture in item.fixturenames]
+        if needed:
+            begun[fixture] = needed[0].module.begin(background, request.getfixturevalue)
+    yield begun
+    background.stop()

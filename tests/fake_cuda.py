@@ -294,8 +294,8 @@ def describe(error):
 
 
 def main():
-    """Read {case: [flags, a fault or null]} as JSON. Print [case, error or null], a line each."""
-    cases = json.load(sys.stdin)
+    """Read {case: [flags, a fault or null]} of a file. Print [case, error or null], a line each."""
+    cases = json.loads(Path(sys.argv[1]).read_text())
     for case, (flags, fault) in cases.items():
         with contextlib.ExitStack() as stack:
             if fault:

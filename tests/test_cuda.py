@@ -8,9 +8,7 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
 import sys
-import tempfile
 
 import fake_cuda
 import pytest
@@ -51,29 +49,42 @@ FAULTS = {
 }
 
 
-def start_of_command(folder):
-    """Return the Python command that runs `fake_cuda.main`; skip where it cannot."""
-    code = "import fake_cuda; fake_cuda.main()"
+def why_not():
+    """Return why no test can run here, or None."""
     if torch.cuda.is_available():
-        return [sys.executable, "-c", code]
+        return None
     if torch.version.cuda or torch.version.hip:
-        pytest.skip("this build of torch has CUDA, but this machine has no GPU")
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if sys.platform != "linux" or compiler is None:
-        pytest.skip("fake CUDA tensors need Linux and a C++ compiler")
-    library = fake_cuda.build_library(compiler, folder)
-    return [sys.executable, "-c", f"import ctypes; ctypes.CDLL({str(library)!r}); {code}"]
+        return "this build of torch has CUDA, but this machine has no GPU"
+    if sys.platform != "linux" or compiler() is None:
+        return "fake CUDA tensors need Linux and a C++ compiler"
+    return None
 
 
-@pytest.fixture(scope="module")
-def errors_on_cuda(tiny, kinds, tmp_path_factory):
-    """{case or fault: its error or None}, from two processes side by side."""
-    folder = tmp_path_factory.mktemp("cuda")
-    command = start_of_command(folder)
+def compiler():
+    return shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+
+def begin(background, fixture):
+    """Start all cases in one process; return the future of what it prints, or why there is none."""
+    if why_not():
+        return why_not()
+    folder = fixture("tmp_path_factory").mktemp("cuda")
+    code = "import fake_cuda; fake_cuda.main()"
+    if not torch.cuda.is_available():
+        library = fake_cuda.build_library(compiler(), folder)
+        code = f"import ctypes; ctypes.CDLL({str(library)!r}); {code}"
+    cases = cases_of(folder, fixture("tiny"), fixture("kinds"))
+    (folder / "cases.json").write_text(json.dumps(cases))
+    paths = os.pathsep.join([str(fake_cuda.ROOT), str(fake_cuda.ROOT / "tests")])
+    command = [sys.executable, "-c", code, str(folder / "cases.json")]
+    return background.start(command, env={"PYTHONPATH": paths})
+
+
+def cases_of(folder, tiny, kinds):
+    """Return {case or fault: [flags, the fault or None]}."""
     teacher = folder / "teacher"
     dense = ["--method", "dense", "--max-steps", "1", "--out", str(teacher)]
     assert train.main([*tiny, *dense]) == 0
-
     two_steps = ["--max-steps", "2", "--hold", "0", "--ramp", "0.25", "--pins-window", "1"]
     two_steps += ["--teacher", "none"]
     cases = {}
@@ -85,30 +96,16 @@ def errors_on_cuda(tiny, kinds, tmp_path_factory):
         cases[case] = ([*tiny, *two_steps, *flags], None)
     for fault, (flags, _, _) in FAULTS.items():
         cases[fault] = ([*tiny, *two_steps, *shlex.split(flags)], fault)
-    items = list(cases.items())
-    processes = [start_process(command, folder, dict(half)) for half in (items[::2], items[1::2])]
-    found = {}
-    for process in processes:
-        output, problems = process.communicate()
-        assert process.returncode == 0, problems
-        found |= dict(json.loads(line) for line in output.splitlines())
-    return found
+    return cases
 
 
-def start_process(command, folder, cases):
-    """Start a process that runs the cases, on one thread."""
-    paths = os.pathsep.join([str(fake_cuda.ROOT), str(fake_cuda.ROOT / "tests")])
-    with tempfile.TemporaryFile("w+", dir=folder) as given:
-        json.dump(cases, given)
-        given.seek(0)
-        return subprocess.Popen(
-            command,
-            stdin=given,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        )
+@pytest.fixture(scope="module")
+def errors_on_cuda(in_background):
+    """{case or fault: its error or None}."""
+    printed = in_background["errors_on_cuda"]
+    if isinstance(printed, str):
+        pytest.skip(printed)
+    return dict(json.loads(line) for line in printed.result().splitlines())
 
 
 def test_every_method_has_a_case():

@@ -49,10 +49,17 @@ def test_task_and_tokenizer_are_the_scripts(tmp_path, monkeypatch):
         assert (tmp_path / name).read_text() == (ROOT / "demo" / name).read_text()
 
 
+def begin(background, fixture):
+    """Start `python train.py` without any flag: (its folder, the future of what it prints)."""
+    folder = fixture("tmp_path_factory").mktemp("demo")
+    return folder, background.start([sys.executable, str(ROOT / "train.py")], cwd=folder)
+
+
 @pytest.fixture(scope="module")
-def default_command(demo_in_background):
+def default_command(in_background):
     """The folder in which `python train.py` ran without any flag, and what it printed."""
-    return demo_in_background()
+    folder, printed = in_background["default_command"]
+    return folder, printed.result()
 
 
 def test_the_mask_alone_comes_within_two_points(default_command):
