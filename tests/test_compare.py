@@ -92,8 +92,8 @@ def test_wrong_records(case, tmp_path, capsys):
 def test_pairs_and_their_interval(record, capsys):
     """By hand: differences 4, 2 and -1, 1: s^2 is 2, the error sqrt(2/2 + 2/2)/2, t(2) 4.30."""
     out = compared(capsys, record, "--first", "a-*", "--second", "b-*")
-    assert "| stsb | 0.1 | 2 | 71.0 | 68.0 | +3.0 ± 1.4 |" in out
-    assert "| stsb | 0.03 | 2 | 61.0 | 61.0 | +0.0 ± 1.4 |" in out
+    assert "| m | stsb | 0.1 | 2 | 71.0 | 68.0 | +3.0 ± 1.4 |" in out
+    assert "| m | stsb | 0.03 | 2 | 61.0 | 61.0 | +0.0 ± 1.4 |" in out
     assert "mean of 4 pairs in 2 cells +1.5, 95% interval -1.5 to +4.5: cannot be told apart" in out
     one_density = compared(capsys, record, "--first", "a-*", "--second", "b-*", "--density", "0.03")
     assert "mean of 2 pairs in 1 cells +0.0" in one_density
@@ -101,7 +101,7 @@ def test_pairs_and_their_interval(record, capsys):
 
 def test_dense_is_a_pair_of_every_density(record, capsys):
     out = compared(capsys, record, "--first", "a-0.03-*", "--second", "dense-*")
-    assert "| stsb | 0.03 | 2 | 61.0 | 71.0 | -10.0 ± 1.4 |" in out
+    assert "| m | stsb | 0.03 | 2 | 61.0 | 71.0 | -10.0 ± 1.4 |" in out
 
 
 def test_intervals_of_one_seed_per_cell():

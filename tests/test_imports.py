@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "tools/report": {"tools.record", *ALL} - {"train"},
     "tools/compare": {"tools.common", "tools.report"},
     "tools/grid": {"tools.common", "tools.record"},  # and the module of --program
+    "tools/gradients": {"data", "model", "tools.common", "train"},
     "tools/variants": {"tools.selection", "prune", "train"},
     "tools/masks": ALL,
     "tools/deploy": {"tools.timing", "tools.masks", *ALL},

@@ -6,10 +6,10 @@ RUNS are run folders, folders of runs, and records of tools.grid. --first and --
 runs, with * for any text. Two runs are a pair if their model, task, density and seed are the same.
 A dense run is a pair with the runs of every density.
 
-The metric is the first one of the task, on dev at the last step, in percent. A cell is a task and a
-density. The interval is that of the mean over the cells, at 95%. It rests on how the differences
-vary between the seeds of a cell. Where each cell has one seed, it rests on how they vary between
-the cells.
+The metric is the first one of the task, on dev at the last step, in percent. A cell is a model, a
+task and a density. The interval is that of the mean over the cells, at 95%. It rests on how the
+differences vary between the seeds of a cell. Where each cell has one seed, it rests on how they
+vary between the cells.
 """
 
 import signal
@@ -20,6 +20,7 @@ if __name__ == "__main__":
     print("loading torch", file=sys.stderr)  # this takes a second or two
 
 import math
+from pathlib import Path
 
 import numpy as np
 
@@ -36,20 +37,20 @@ def metrics_of(found):
     values = {}
     for result, settings in found:
         density = None if result["method"] == "dense" else result["density"]
-        model = settings.get("model")
+        model = str(settings.get("model"))
         key = (model, result["task"], density, settings.get("seed", 0))
         values[key] = 100 * next(iter(result["metrics"].values()))
     return values
 
 
 def pairs(first, second):
-    """Return {(task, density): [(first, second), ...]} of two results of `metrics_of`."""
+    """Return {(model, task, density): [(first, second), ...]} of two results of `metrics_of`."""
     cells = {}
     for key in sorted(first, key=str):
         model, task, density, seed = key
         other = key if key in second else (model, task, None, seed)
         if other in second:
-            cells.setdefault((task, density), []).append((first[key], second[other]))
+            cells.setdefault((model, task, density), []).append((first[key], second[other]))
     return cells
 
 
@@ -86,9 +87,10 @@ def verdict(mean, half):
 
 def show(cells):
     """Print a row per cell, and the mean over all cells."""
-    print("| task | density | pairs | first | second | difference |\n|---|---|---|---|---|---|")
+    print("| model | task | density | pairs | first | second | difference |")
+    print("|---|---|---|---|---|---|---|")
     differences = []
-    for (task, density), values in sorted(cells.items(), key=order):
+    for (model, task, density), values in sorted(cells.items(), key=order):
         first, second = np.array(values).T  # (pairs, 2) -> 2 x (pairs,)
         differences.append(first - second)
         text = f"{np.mean(first - second):+.1f}"
@@ -96,8 +98,8 @@ def show(cells):
             text += f" ± {np.std(first - second, ddof=1):.1f}"
         kept = "none asked" if density is None else f"{density:g}"
         print(
-            f"| {task} | {kept} | {len(values)} | {np.mean(first):.1f} | {np.mean(second):.1f} "
-            f"| {text} |"
+            f"| {Path(model).name} | {task} | {kept} | {len(values)} | {np.mean(first):.1f} "
+            f"| {np.mean(second):.1f} | {text} |"
         )
     mean, half = interval(differences)
     width = "" if half is None else f", 95% interval {mean - half:+.1f} to {mean + half:+.1f}"
@@ -106,9 +108,9 @@ def show(cells):
 
 
 def order(item):
-    """Sort cells by task, and from dense to sparse."""
-    (task, density), _ = item
-    return task, -(density or 1)
+    """Sort cells by model and task, and from dense to sparse."""
+    (model, task, density), _ = item
+    return model, task, -(density or 1)
 
 
 @program
@@ -124,7 +126,7 @@ def main(argv=None):
     first, second = [metrics_of(finished(args.runs, names)) for names in (args.first, args.second)]
     cells = pairs(first, second)
     if args.density:
-        cells = {cell: values for cell, values in cells.items() if cell[1] in args.density}
+        cells = {cell: values for cell, values in cells.items() if cell[2] in args.density}
     require(cells, "no pair: no two runs have the same model, task, density and seed")
     show(cells)
 
