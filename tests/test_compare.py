@@ -60,6 +60,17 @@ def test_a_record_holds_what_reports_need(record, capsys):
     assert shown == [("2", "pearson 68.0 ± 2.8"), ("2", "pearson 61.0 ± 0.0")]
 
 
+def test_a_pivot_has_a_column_per_density(record, capsys):
+    assert report.main([str(record), "--pivot"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "| task | method | 1 | 0.1 | 0.03 |",
+        "|---|---|---|---|---|",
+        "| stsb | dense | 71.0 ± 0.0 |  |  |",
+        "| stsb | smp-l |  | 68.0 ± 2.8 | 61.0 ± 0.0 |",
+        "| stsb | smp-s |  | 71.0 ± 1.4 | 61.0 ± 1.4 |",
+    ]
+
+
 def test_a_path_in_a_variable_is_recorded_as_the_variable(tmp_path, monkeypatch):
     monkeypatch.setenv("SOME_MODEL", "/home/me/model")
     write_record(tmp_path / "r", {}, run("a", 1, model="/home/me/model"))

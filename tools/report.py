@@ -1,6 +1,7 @@
 """Reports over finished runs: a table, a picture, and the metrics at other densities.
 
     python -m tools.report runs/*                      one Markdown table over all runs
+    python -m tools.report runs/* --pivot              the same, a row per method, columns of density
     python -m tools.report runs/* --curve CURVE.png    metric against density, a line per method
     python -m tools.report RUN --plot RUN.png          densities and training curves, as a picture
     python -m tools.report RUN --plot RUN.png --best   the same with the densities of the best model
@@ -166,6 +167,29 @@ def table(found):
             f"| {first['task']} | {first['method']}{added} | {asked} | {achieved:.4f} | "
             f"{len(results)} | {first['epochs']:g} | {last_step} | {best} | {minutes:.1f} |"
         )
+
+
+def pivot(found):
+    """Print the first metric at the last step: a row per task and method, a column per density.
+
+    Runs that differ in more than seed and density have rows of their own.
+    """
+    lines = densities_of_lines(found)
+    columns = sorted({density for points in lines.values() for density in points}, reverse=True)
+    print("| task | method | " + " | ".join(f"{density:g}" for density in columns) + " |")
+    print("|---" * (2 + len(columns)) + "|")
+    for task, label in sorted(lines, key=lambda line: (line[0], line[1] != "dense", line[1])):
+        points = lines[task, label]
+        cells = [mean_of(points.get(density, [])) for density in columns]
+        print(f"| {task} | {label} | {' | '.join(cells)} |")
+
+
+def mean_of(values):
+    """Return the mean over seeds as text, with its standard deviation; nothing of no value."""
+    if not values:
+        return ""
+    text = f"{np.mean(values):.1f}"
+    return f"{text} ± {spread(values):.1f}" if len(values) > 1 else text
 
 
 # -------------------------------------------------------------------------------------------------
@@ -460,6 +484,7 @@ def main(argv=None):
     add("runs", nargs="+", metavar="RUN", help="run folder of train.py, or record of tools.grid")
     add("--only", nargs="+", metavar="NAME", default=["*"], help="runs of these names, as 'stsb-*'")
     add("--density", metavar="V", type=float, nargs="+", help="evaluate at other densities")
+    add("--pivot", action="store_true", help="a row per method, a column per density")
     add("--curve", metavar="FILE", help="draw the metric of the runs against density (PNG, ...)")
     add("--plot", metavar="FILE", help="draw densities and training curves (PNG, PDF, SVG)")
     add("--best", action="store_true", help="--plot: the best checkpoint on dev, not the last step")
@@ -468,7 +493,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if len(args.runs) > 1 and (args.plot or args.density):
         raise UserError("--plot and --density take one run")
-    given = [f"--{name}" for name in ("curve", "plot", "density") if getattr(args, name)]
+    given = [f"--{name}" for name in ("pivot", "curve", "plot", "density") if getattr(args, name)]
     require(len(given) < 2, f"{' and '.join(given)}: give one of them")
     require(args.plot or not args.best, "--best: only with --plot")
     device = pick_device(args.device)
@@ -477,6 +502,8 @@ def main(argv=None):
         sweep(run, args.density, device, args.data_dir)
     elif args.plot:
         plot(run, "best" if args.best else "model", Path(args.plot))
+    elif args.pivot:
+        pivot(finished(args.runs, args.only))
     elif args.curve:
         curve(finished(args.runs, args.only), Path(args.curve))
     else:
