@@ -350,13 +350,21 @@ def test_curves(made, tmp_path, capsys):
     settings = {"method": "smp-s", "teacher": None, "regression": "value", "lr": 1, "seed": 0}
     found = []
     runs = [(1, 0.1, 0, 0.5), (1, 0.1, 1, 0.7), (1, 0.3, 0, 0.8)]
-    runs += [(2, 0.3, 0, 0.0), (3, 0.5, 0, 0.9)]  # in the way of the third; in nobody's way
+    runs += [(2, 0.3, 0, 0.0), (3, 0.5, 0, 0.9)]  # one as the third, and one alone
     for lr, density, seed, value in runs:
         result = {"task": "t", "method": "smp-s", "density": density, "metrics": {"f1": value}}
         found.append((result, settings | {"lr": lr, "density": density, "seed": seed}))
     lines = report.densities_of_lines(found)
-    assert lines["t", "smp-s"] == {0.1: [50.0, 70.0], 0.3: [80.0], 0.5: [90.0]}
-    assert lines["t", "smp-s (2)"] == {0.3: [0.0]}
+    assert lines == {
+        ("t", "smp-s --lr 1"): {0.1: [50.0, 70.0], 0.3: [80.0]},
+        ("t", "smp-s --lr 2"): {0.3: [0.0]},
+        ("t", "smp-s --lr 3"): {0.5: [90.0]},
+    }
+    for _, settings in found:
+        settings["lr"] = settings["density"]  # as a recipe may say
+    assert report.densities_of_lines(found[:3]) == {
+        ("t", "smp-s"): {0.1: [50.0, 70.0], 0.3: [80.0]}
+    }
     assert report.spread([50.0, 70.0]) == pytest.approx(200**0.5)
     runs = [str(made / "pairs"), str(made / "values")]
     assert report.main([*runs, "--curve", str(tmp_path / "curve")]) == 0

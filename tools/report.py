@@ -1,7 +1,7 @@
 """Reports over finished runs: a table, a picture, and the metrics at other densities.
 
     python -m tools.report runs/*                      one Markdown table over all runs
-    python -m tools.report runs/* --pivot              the same, a row per method, columns of density
+    python -m tools.report runs/* --pivot              a row per method, a column per density
     python -m tools.report runs/* --curve CURVE.png    metric against density, a line per method
     python -m tools.report RUN --plot RUN.png          densities and training curves, as a picture
     python -m tools.report RUN --plot RUN.png --best   the same with the densities of the best model
@@ -18,6 +18,7 @@ if __name__ == "__main__":
     print("loading torch", file=sys.stderr)  # this takes a second or two
 
 import io
+import itertools
 import json
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -29,8 +30,8 @@ import torch
 from eval import evaluate, load_dev, load_run, show
 from model import load_model, model_sha256
 from prune import METHODS, encoder_matrices
-from tools.common import Parser, UserError, atomic_write, pick_device, program, read_json
-from tools.common import read_safetensors, require, tell
+from tools.common import Parser, UserError, as_flag, atomic_write, pick_device, program
+from tools.common import read_json, read_safetensors, require, tell
 from tools.fetch import find_model
 from tools.record import read_record, read_run
 from tools.sizes import kept_weights
@@ -244,28 +245,40 @@ def densities_of_lines(found):
     """Return {(task, label): {density: [the metric of each seed, in percent]}}.
 
     A label is the method with what `variant` adds. Runs of one label make one line, although a
-    recipe may differ by density. Where two of them have the same density and seed, the runs with
-    the other settings make a second line, "label (2)".
+    recipe may differ by density. Where two of them have the same density and seed, the label has
+    the settings in which they differ, too.
     """
     names = common_names(found)
-    groups = {}  # runs that differ in density and seed alone
+    runs = {}  # {(task, label): [(settings, (density, seed), value)]}
     for result, settings in found:
         compared = names[settings["method"]] - NOT_COMPARED - {"density", "teacher"}
-        key = json.dumps({name: settings[name] for name in compared}, sort_keys=True)
+        own = {name: settings[name] for name in sorted(compared)}
         label = f"{result['method']}{variant(settings)}"
         density = result["density"] or round(result["achieved_density"], 2)
         value = 100 * next(iter(result["metrics"].values()))
-        group = groups.setdefault((result["task"], label, key), {})
-        group[density, settings.get("seed", 0)] = value
-    lines = {}  # {(task, label): {(density, seed): value}}
-    for (task, label, _), group in sorted(groups.items()):
-        name = label
-        number = 2
-        while lines.get((task, name), {}).keys() & group.keys():
-            name = f"{label} ({number})"
-            number += 1
-        lines.setdefault((task, name), {}).update(group)
-    return {name: by_density(line) for name, line in lines.items()}
+        run = (own, (density, settings.get("seed", 0)), value)
+        runs.setdefault((result["task"], label), []).append(run)
+    lines = {}
+    for (task, label), members in runs.items():
+        differing = differing_settings(members)
+        for own, point, value in members:
+            flags = [f"{as_flag(name)} {short(own[name])}" for name in differing]
+            line = lines.setdefault((task, " ".join([label, *flags])), {})
+            line[point] = value
+    return {name: by_density(lines[name]) for name in sorted(lines)}
+
+
+def short(value):
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def differing_settings(members):
+    """Return the names of settings in which runs of the same density and seed differ, sorted."""
+    differing = set()
+    for (one, point, _), (other, other_point, _) in itertools.combinations(members, 2):
+        if point == other_point:
+            differing |= {name for name in one if one[name] != other[name]}
+    return sorted(differing)
 
 
 def by_density(line):
