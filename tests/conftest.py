@@ -7,6 +7,9 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+# One core for these tests, the other one for what runs beside them. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -124,8 +127,8 @@ def kinds(tmp_path_factory):
     return {kind: str(folder / f"{kind}.json") for kind in ("span", "tag")}
 
 
-# What takes long runs beside the other tests, on one core: the demo, and then the CUDA tests.
-LONG = ("default_command", "errors_on_cuda")
+# What takes long runs beside the other tests, on one core and in this order.
+LONG = ("default_command", "errors_on_cuda", "runs_of_variants")
 
 
 def pytest_collection_modifyitems(items):
@@ -146,7 +149,7 @@ class Background:
         return self.pool.submit(self.run, command, options)
 
     def run(self, command, options):
-        options["env"] = os.environ | {"OMP_NUM_THREADS": "1"} | options.get("env", {})
+        options["env"] = os.environ | options.get("env", {})
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, **pipes, **options)
         out, err = self.process.communicate()

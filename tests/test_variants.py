@@ -1,7 +1,5 @@
 """The variants of SMP in tools/variants.py, run as a user runs them: in a process of their own."""
 
-import os
-import subprocess
 import sys
 
 import pytest
@@ -11,20 +9,26 @@ from safetensors.torch import load_file
 from conftest import GOLDEN, ROOT
 
 
-@pytest.fixture(scope="module")
-def runs(tiny, tmp_path_factory):
-    """The folder of a run of each variant, made by a grid."""
-    folder = tmp_path_factory.mktemp("variants")
+def begin(background, fixture):
+    """Start a grid with a run of each variant: (its folder, the future of what it prints)."""
+    folder = fixture("tmp_path_factory").mktemp("variants")
     methods = "--method {smp-global,smp-head,smp-words} --density 0.2"
-    (folder / "grid").write_text(f"a 1 {' '.join(tiny)} {methods}\n")
+    (folder / "grid").write_text(f"a 1 {' '.join(fixture('tiny'))} {methods}\n")
     command = [sys.executable, "-m", "tools.grid", str(folder / "grid"), "--out", str(folder)]
-    command += ["--program", "tools.variants", "--jobs", "2"]
-    subprocess.run(command, cwd=ROOT, check=True, env=os.environ, capture_output=True)
+    command += ["--program", "tools.variants", "--jobs", "1"]
+    return folder, background.start(command, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def runs_of_variants(in_background):
+    """The folder of a run of each variant."""
+    folder, printed = in_background["runs_of_variants"]
+    printed.result()
     return folder
 
 
-def test_global_keeps_the_largest_scores_of_the_encoder(runs):
-    tensors = load_file(runs / "a-smp-global" / "scores.safetensors")
+def test_global_keeps_the_largest_scores_of_the_encoder(runs_of_variants):
+    tensors = load_file(runs_of_variants / "a-smp-global" / "scores.safetensors")
     masks = [name for name in tensors if name.endswith(".mask")]
     mask = torch.cat([tensors[name].flatten() for name in masks]).bool()
     scores = torch.cat([tensors[name.replace(".mask", ".scores")].flatten() for name in masks])
@@ -47,7 +51,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("method, inside", [("smp-head", "pooler"), ("smp-words", "cls.")])
-def test_only_the_head_is_trained(method, inside, runs):
-    names = trained(runs / f"a-{method}")
+def test_only_the_head_is_trained(method, inside, runs_of_variants):
+    names = trained(runs_of_variants / f"a-{method}")
     assert any(inside in name for name in names)
     assert not any("encoder" in name or "embeddings" in name for name in names), names
