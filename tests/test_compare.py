@@ -122,6 +122,17 @@ def test_intervals_of_one_seed_per_cell():
     assert compare.interval([np.array([1.0])]) == (1.0, None)
 
 
+def test_two_runs_for_one_place_are_refused(record, capsys):
+    """Which of them is compared would else depend on their order."""
+    assert compare.main([str(record), "--first", "[ab]-*", "--second", "dense-*"]) == 2
+    assert "a-0.1-0 and b-0.1-0 have the same model, task, density" in capsys.readouterr().err
+
+
+def test_names_of_one_run_are_refused(record, capsys):
+    assert report.main([str(record), "--only", "a-*", "--density", "0.1"]) == 2
+    assert "--only: chooses among several runs" in capsys.readouterr().err
+
+
 def test_no_pair(record, capsys):
     assert compare.main([str(record), "--first", "a-0.1-*", "--second", "b-0.03-*"]) == 2
     assert "no pair" in capsys.readouterr().err

@@ -112,6 +112,7 @@ def test_a_signal_stops_and_a_second_start_resumes(tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(grid.time, "sleep", signal_at_step_9)
         assert grid.main([str(tmp_path / "grid"), "--out", str(out)]) == 130
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as before
     assert (out / "a" / "checkpoint.safetensors").exists()
     assert not (out / "a" / "result.json").exists()
     assert read_record(out / "grid.jsonl") == {}

@@ -8,8 +8,8 @@ A dense run is a pair with the runs of every density.
 
 The metric is the first one of the task, on dev at the last step, in percent. A cell is a model, a
 task and a density. The interval is that of the mean over the cells, at 95%. It rests on how the
-differences vary between the seeds of a cell. Where each cell has one seed, it rests on how they
-vary between the cells.
+differences vary between the seeds of a cell, which is taken to be the same in all cells. Where each
+cell has one seed, it rests on how they vary between the cells.
 """
 
 import signal
@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from tools.common import Parser, program, require
-from tools.report import finished
+from tools.report import finished, spread
 
 # The 97.5% quantiles of Student's t distribution, by degrees of freedom
 T975 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
@@ -33,12 +33,20 @@ T975 |= {10: 2.23, 12: 2.18, 14: 2.14, 16: 2.12, 20: 2.09, 30: 2.04, 60: 2.00}
 
 
 def metrics_of(found):
-    """Return {(model, task, density, seed): metric in percent}; the density of dense is None."""
+    """Return {(model, task, density, seed): metric in percent}; the density of dense is None.
+
+    Raises UserError where two runs have the same key: which of them to take is not known.
+    """
     values = {}
+    names = {}
     for result, settings in found:
         density = None if result["method"] == "dense" else result["density"]
         model = str(settings.get("model"))
         key = (model, result["task"], density, settings.get("seed", 0))
+        name = settings.get("out")
+        text = f"{names.get(key)} and {name} have the same model, task, density and seed"
+        require(key not in names, f"{text}: give names that only one of them fits")
+        names[key] = name
         values[key] = 100 * next(iter(result["metrics"].values()))
     return values
 
@@ -95,7 +103,7 @@ def show(cells):
         differences.append(first - second)
         text = f"{np.mean(first - second):+.1f}"
         if len(values) > 1:
-            text += f" ± {np.std(first - second, ddof=1):.1f}"
+            text += f" ± {spread(first - second):.1f}"
         kept = "none asked" if density is None else f"{density:g}"
         print(
             f"| {Path(model).name} | {task} | {kept} | {len(values)} | {np.mean(first):.1f} "

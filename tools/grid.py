@@ -141,14 +141,14 @@ def finished(run):
 def make(runs, program_name, jobs, path):
     """Make those of `runs` that are not finished, some at a time; return the names of failed ones.
 
-    The record is written after each of them. A signal stops them after their step, with a
-    checkpoint.
+    The record is written after each of them. SIGTERM and SIGHUP act as Ctrl-C here: they stop the
+    runs after their step, with a checkpoint.
     """
     waiting = [run for run in runs if not finished(run)]
     working = {}  # {process: run}
     failed = []
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        signal.signal(number, signal.default_int_handler)  # as Ctrl-C
+    numbers = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:
         with live("grid", len(waiting)) as bar:
             while waiting or working:
@@ -170,6 +170,8 @@ def make(runs, program_name, jobs, path):
             process.send_signal(signal.SIGTERM)
         for process in working:
             process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return failed
 
 

@@ -33,7 +33,7 @@ from prune import METHODS, encoder_matrices
 from tools.common import Parser, UserError, as_flag, atomic_write, pick_device, program
 from tools.common import read_json, read_safetensors, require, tell
 from tools.fetch import find_model
-from tools.record import read_record, read_run
+from tools.record import NOT_RECORDED, read_record, read_run
 from tools.sizes import kept_weights
 
 # -------------------------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ HEADER = """\
 |---|---|---|---|---|---|---|---|---|"""
 
 # Runs that differ only in these settings share a row.
-NOT_COMPARED = {"seed", "out", "data_dir", "device", "resume", "log_every"}
+NOT_COMPARED = {"seed", *NOT_RECORDED}
 
 
 def variant(settings):
@@ -88,10 +88,11 @@ def expand(folders):
     return list(runs.values())
 
 
-def finished(runs, patterns=("*",)):
+def finished(runs, patterns=None):
     """Return (result, settings) of each finished run; name the others on stderr.
 
-    `runs` are folders, and records of runs. The name of a run fits one of `patterns`, as "stsb-*".
+    `runs` are folders, and records of runs. With `patterns`, such as "stsb-*", only the runs whose
+    name fits one of them are returned.
     """
     found = []
     for run in expand(runs):
@@ -99,7 +100,8 @@ def finished(runs, patterns=("*",)):
             found += read_record(run).values() if run.is_file() else [read_run(run)]
         except (UserError, OSError) as error:
             tell(f"left out: {error}", sys.stderr)
-    found = [(result, settings) for result, settings in found if fits(settings, patterns)]
+    if patterns:
+        found = [(result, settings) for result, settings in found if fits(settings, patterns)]
     require(found, "no finished run among these folders")
     return found
 
@@ -143,10 +145,7 @@ def cell(rows):
     texts = []
     for name in rows[0]:
         values = [100 * row[name] for row in rows if name in row]
-        text = f"{name} {np.mean(values):.1f}"
-        if len(rows) > 1:
-            text += f" ± {np.std(values, ddof=1):.1f}"
-        texts.append(text)
+        texts.append(f"{name} {mean_of(values)}")
     return ", ".join(texts)
 
 
@@ -495,7 +494,7 @@ def main(argv=None):
     parser.prog = "python -m tools.report"
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="run folder of train.py, or record of tools.grid")
-    add("--only", nargs="+", metavar="NAME", default=["*"], help="runs of these names, as 'stsb-*'")
+    add("--only", nargs="+", metavar="NAME", help="runs of these names, as 'stsb-*'")
     add("--density", metavar="V", type=float, nargs="+", help="evaluate at other densities")
     add("--pivot", action="store_true", help="a row per method, a column per density")
     add("--curve", metavar="FILE", help="draw the metric of the runs against density (PNG, ...)")
@@ -509,6 +508,7 @@ def main(argv=None):
     given = [f"--{name}" for name in ("pivot", "curve", "plot", "density") if getattr(args, name)]
     require(len(given) < 2, f"{' and '.join(given)}: give one of them")
     require(args.plot or not args.best, "--best: only with --plot")
+    require(not (args.only and (args.plot or args.density)), "--only: chooses among several runs")
     device = pick_device(args.device)
     run = args.runs[0]
     if args.density:
