@@ -72,6 +72,7 @@ def test_done_and_failed(made):
     assert state["core_hours"] == pytest.approx(seconds / 3600, abs=1e-3)
     for (recorded, settings), result in zip(runs.values(), results):
         assert recorded["metrics"] == result["metrics"]
+        assert settings["dtype"] in ("bf16", "fp32")  # not "auto", which says nothing
         assert settings["method"] == result["method"]
 
 

@@ -32,8 +32,11 @@ def read_run(run):
     path = run / "result.json"
     require(path.exists(), f"{run}: no result.json; a run that is not finished, or none")
     result = read_json(path)
-    settings = read_json(run / "config.json").get("settings")
+    config = read_json(run / "config.json")
+    settings = config.get("settings")
     require(isinstance(settings, dict), f"{run}/config.json: no settings")
+    if "dtype" in config:
+        settings["dtype"] = config["dtype"]  # what "auto" was on that machine
     check(path, result, run / "config.json", settings)
     return result, settings
 
