@@ -1,4 +1,4 @@
-"""The variants of SMP in tools/variants.py, run as a user runs them: in a process of their own."""
+"""The variants in tools/variants.py, run as a user runs them: in a process of their own."""
 
 import sys
 
@@ -12,7 +12,7 @@ from conftest import GOLDEN, ROOT
 def begin(background, fixture):
     """Start a grid with a run of each variant: (its folder, the future of what it prints)."""
     folder = fixture("tmp_path_factory").mktemp("variants")
-    methods = "--method {smp-global,smp-head,smp-words} --density 0.2"
+    methods = "--method {smp-global,smp-head,smp-words,pins-frozen} --density 0.2"
     (folder / "grid").write_text(f"a 1 {' '.join(fixture('tiny'))} {methods}\n")
     command = [sys.executable, "-m", "tools.grid", str(folder / "grid"), "--out", str(folder)]
     command += ["--program", "tools.variants", "--jobs", "1"]
@@ -55,3 +55,9 @@ def test_only_the_head_is_trained(method, inside, runs_of_variants):
     names = trained(runs_of_variants / f"a-{method}")
     assert any(inside in name for name in names)
     assert not any("encoder" in name or "embeddings" in name for name in names), names
+
+
+def test_frozen_embeddings_stay(runs_of_variants):
+    names = trained(runs_of_variants / "a-pins-frozen")
+    assert any("encoder" in name for name in names)
+    assert not any("embeddings" in name for name in names), names

@@ -1,10 +1,12 @@
-"""Three variants of SMP that its paper compares with, made like a fork would make them.
+"""Variants that the papers compare with or that explain a result, made like a fork would make them.
 
     python -m tools.variants --method smp-global --task stsb ...      flags as of train.py
 
 - smp-global ranks the scores of all matrices together (SMP, section 5.2: "sorted globally").
 - smp-head has a new output head that is trained, in place of the frozen label words.
 - smp-words keeps the label words and trains the head that they are read with.
+- dense-frozen and pins-frozen are dense fine-tuning and PINS with frozen embeddings, which movement
+  pruning has. Most weights of a small BERT are embeddings.
 
 Each is a class beside those of prune.py. What is trained has the learning rate --lr.
 """
@@ -18,7 +20,7 @@ if __name__ == "__main__":
 
 import torch
 
-from prune import METHODS, SMPLocal, SMPShared
+from prune import METHODS, Dense, Pins, SMPLocal, SMPShared
 from tools.selection import top_k_masks
 
 
@@ -55,7 +57,24 @@ class SMPWords(SMPHead):
     output_head = "words"
 
 
+class DenseFrozen(Dense):
+    """Dense fine-tuning, but with frozen embeddings."""
+
+    def __init__(self, model, settings, total_steps):
+        super().__init__(model, settings, total_steps)
+        model.embeddings.requires_grad_(False)
+
+
+class PinsFrozen(Pins):
+    """PINS, but with frozen embeddings."""
+
+    def __init__(self, model, settings, total_steps):
+        super().__init__(model, settings, total_steps)
+        model.embeddings.requires_grad_(False)
+
+
 METHODS |= {"smp-global": SMPGlobal, "smp-head": SMPHead, "smp-words": SMPWords}
+METHODS |= {"dense-frozen": DenseFrozen, "pins-frozen": PinsFrozen}
 
 from train import Settings, main  # noqa: E402  (its flags show the methods above)
 
