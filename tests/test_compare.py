@@ -106,6 +106,7 @@ def test_pairs_and_their_interval(record, capsys):
     assert "| m | stsb | 0.1 | 2 | 71.0 | 68.0 | +3.0 ± 1.4 |" in out
     assert "| m | stsb | 0.03 | 2 | 61.0 | 61.0 | +0.0 ± 1.4 |" in out
     assert "mean of 4 pairs in 2 cells +1.5, 95% interval -1.5 to +4.5: cannot be told apart" in out
+    assert "the first is above in 1 of 2 cells" in out
     one_density = compared(capsys, record, "--first", "a-*", "--second", "b-*", "--density", "0.03")
     assert "mean of 2 pairs in 1 cells +0.0" in one_density
 
