@@ -232,9 +232,10 @@ def curve(found, path):
     metrics = {result["task"]: next(iter(result["metrics"])) for result, _ in found}
     figure, path = new_figure(path, "--curve", size=(6.5 * len(metrics), 4.2))
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+    labels = sorted({label for _, label in lines})
     for panel, task in zip(panels, sorted(metrics)):
         here = {label: points for (t, label), points in lines.items() if t == task}
-        draw_panel(panel, here)
+        draw_panel(panel, here, labels)
         panel.set(title=task, xlabel="density", ylabel=f"{metrics[task]} on dev, percent")
     save_figure(figure, path)
     print(f"{path}: {len(lines)} lines, {len(metrics)} tasks")
@@ -293,9 +294,13 @@ def spread(values):
     return np.std(values, ddof=1) if len(values) > 1 else 0.0
 
 
-def draw_panel(axes, lines):
-    """Draw the lines {label: {density: values}} of a task."""
-    for i, (label, points) in enumerate(lines.items()):
+def draw_panel(axes, lines, labels):
+    """Draw the lines {label: {density: values}} of a task. `labels` are those of all tasks.
+
+    A label has the same colour in each panel.
+    """
+    for label, points in lines.items():
+        i = labels.index(label)
         color = f"C{i % 10}"
         style = ("o-", "s--", "^:")[i // 10 % 3]  # there are ten colours
         densities = sorted(points)
