@@ -184,6 +184,10 @@ class Dense:
         self.total_steps = total_steps
         self.start = settings.hold * total_steps  # the density falls from this step
         self.end = self.start + settings.ramp * total_steps  # to this one
+        self.freeze()
+
+    def freeze(self):
+        """Make constant what the method does not train."""
 
     def groups(self):
         """Return the parameter groups for the optimizer.
@@ -254,7 +258,6 @@ class Masked(Dense):
 
     def __init__(self, model, settings, total_steps):
         super().__init__(model, settings, total_steps)
-        self.freeze()
         self.masked = mask_matrices(model, self.layer, self.initial)  # {letter: [L layers]}
         self.linears = [linear for peers in self.masked.values() for linear in peers]
         self.size = sum(linear.weight.numel() for linear in self.linears)
@@ -263,9 +266,6 @@ class Masked(Dense):
             lay_side_by_side(linears)
         if self.top_k:
             self.check_density()
-
-    def freeze(self):
-        """Make constant what the method does not train."""
 
     def check_density(self):
         """Raise ValueError if the density keeps no weight of a matrix, or no block of a pattern."""

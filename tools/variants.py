@@ -5,8 +5,8 @@
 - smp-global ranks the scores of all matrices together (SMP, section 5.2: "sorted globally").
 - smp-head has a new output head that is trained, in place of the frozen label words.
 - smp-words keeps the label words and trains the head that they are read with.
-- dense-frozen and pins-frozen are dense fine-tuning and PINS with frozen embeddings, which movement
-  pruning has. Most weights of a small BERT are embeddings.
+- dense-frozen and pins-frozen are dense fine-tuning and PINS with frozen embeddings. Movement
+  pruning freezes them, too. Most weights of a small BERT are embeddings.
 
 Each is a class beside those of prune.py. What is trained has the learning rate --lr.
 """
@@ -60,17 +60,15 @@ class SMPWords(SMPHead):
 class DenseFrozen(Dense):
     """Dense fine-tuning, but with frozen embeddings."""
 
-    def __init__(self, model, settings, total_steps):
-        super().__init__(model, settings, total_steps)
-        model.embeddings.requires_grad_(False)
+    def freeze(self):
+        self.model.embeddings.requires_grad_(False)
 
 
 class PinsFrozen(Pins):
     """PINS, but with frozen embeddings."""
 
-    def __init__(self, model, settings, total_steps):
-        super().__init__(model, settings, total_steps)
-        model.embeddings.requires_grad_(False)
+    def freeze(self):
+        self.model.embeddings.requires_grad_(False)
 
 
 METHODS |= {"smp-global": SMPGlobal, "smp-head": SMPHead, "smp-words": SMPWords}
