@@ -112,6 +112,11 @@ def test_pairs_and_their_interval(record, capsys):
 
 
 def test_dense_is_a_pair_of_every_density(record, capsys):
+    for name, method in (("dense", "dense"), ("frozen", "dense-frozen")):
+        runs = read_record(record) | run(f"{name}-0", 71, method=method, density=1.0, seed=0)
+        write_record(record, {}, runs)
+        out = compared(capsys, record, "--first", "a-0.03-*", "--second", f"{name}-*")
+        assert "| m | stsb | 0.03 |" in out
     out = compared(capsys, record, "--first", "a-0.03-*", "--second", "dense-*")
     assert "| m | stsb | 0.03 | 2 | 61.0 | 71.0 | -10.0 ± 1.4 |" in out
 

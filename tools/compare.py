@@ -4,7 +4,7 @@
 
 RUNS are run folders, folders of runs, and records of tools.grid. --first and --second are names of
 runs, with * for any text. Two runs are a pair if their model, task, density and seed are the same.
-A dense run is a pair with the runs of every density.
+A dense run keeps everything (density 1), and is a pair with the runs of every density.
 
 The metric is the first one of the task, on dev at the last step, in percent. A cell is a model, a
 task and a density. The interval is that of the mean over the cells, at 95%. It rests on how the
@@ -28,22 +28,23 @@ import numpy as np
 from tools.common import Parser, program, require
 from tools.report import finished, spread
 
+DENSE = 1.0  # the density of a dense run
+
 # The 97.5% quantiles of Student's t distribution, by degrees of freedom
 T975 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 T975 |= {10: 2.23, 12: 2.18, 14: 2.14, 16: 2.12, 20: 2.09, 30: 2.04, 60: 2.00}
 
 
 def metrics_of(found):
-    """Return {(model, task, density, seed): metric in percent}; the density of dense is None.
+    """Return {(model, task, density, seed): metric in percent}; density None: none was asked for.
 
     Raises UserError where two runs have the same key: which of them to take is not known.
     """
     values = {}
     names = {}
     for result, settings in found:
-        density = None if result["method"] == "dense" else result["density"]
         model = str(settings.get("model"))
-        key = (model, result["task"], density, settings.get("seed", 0))
+        key = (model, result["task"], result["density"], settings.get("seed", 0))
         name = settings.get("out")
         text = f"{names.get(key)} and {name} have the same model, task, density and seed"
         require(key not in names, f"{text}: give names that only one of them fits")
@@ -57,7 +58,7 @@ def pairs(first, second):
     cells = {}
     for key in sorted(first, key=str):
         model, task, density, seed = key
-        other = key if key in second else (model, task, None, seed)
+        other = key if key in second else (model, task, DENSE, seed)
         if other in second:
             cells.setdefault((model, task, density), []).append((first[key], second[other]))
     return cells
