@@ -71,6 +71,14 @@ def test_a_pivot_has_a_column_per_density(record, capsys):
     ]
 
 
+def test_a_pivot_has_the_achieved_density_where_none_was_asked(tmp_path, capsys):
+    (result, settings) = run("l0", 50, method="l0", density=None)["l0"]
+    result["achieved_density"] = 0.00234
+    write_record(tmp_path / "r", {}, {"l0": (result, settings)})
+    assert report.main([str(tmp_path / "r"), "--pivot"]) == 0
+    assert "| task | method | 0.0023 |" in capsys.readouterr().out
+
+
 def test_a_path_in_a_variable_is_recorded_as_the_variable(tmp_path, monkeypatch):
     monkeypatch.setenv("SOME_MODEL", "/home/me/model")
     write_record(tmp_path / "r", {}, run("a", 1, model="/home/me/model"))

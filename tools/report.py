@@ -246,7 +246,8 @@ def densities_of_lines(found):
 
     A label is the method with what `variant` adds. Runs of one label make one line, although a
     recipe may differ by density. Where two of them have the same density and seed, the label has
-    the settings in which they differ, too.
+    the settings in which they differ, too. Where no density was asked for, the achieved one stands
+    in its place, with two digits.
     """
     names = common_names(found)
     runs = {}  # {(task, label): [(settings, (density, seed), value)]}
@@ -254,7 +255,7 @@ def densities_of_lines(found):
         compared = names[settings["method"]] - NOT_COMPARED - {"density", "teacher"}
         own = {name: settings[name] for name in sorted(compared)}
         label = f"{result['method']}{variant(settings)}"
-        density = result["density"] or round(result["achieved_density"], 2)
+        density = result["density"] or float(f"{result['achieved_density']:.2g}")
         value = 100 * next(iter(result["metrics"].values()))
         run = (own, (density, settings.get("seed", 0)), value)
         runs.setdefault((result["task"], label), []).append(run)
