@@ -352,6 +352,7 @@ def to_value(logits, low, high):
 # -------------------------------------------------------------------------------------------------
 # device and dtype
 
+
 def send(tensor, device):
     """Return the tensor on the device.
 

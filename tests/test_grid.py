@@ -10,6 +10,7 @@ from tools import grid
 from tools.record import read_record
 from train import Settings
 
+
 def test_a_line_is_many_runs(tmp_path, monkeypatch):
     """Every {a,b} is chosen in turn, variables are put in, and comments are left out."""
     monkeypatch.setenv("MODEL_HERE", "demo/model")

@@ -762,9 +762,7 @@ def test_exports_compute_the_same(kind, mlm, finished, tiny, kinds, tmp_path):
         logits = loaded.eval().mlm_logits(*inputs)[..., config["label_word_ids"]]
     else:
         count = len(task.labels)
-        loaded = bert.load_model(
-            tmp_path / "out", "classifier", count, new_head=False, kind=kind
-        )
+        loaded = bert.load_model(tmp_path / "out", "classifier", count, new_head=False, kind=kind)
         logits = loaded.eval()(*inputs)
     assert (logits - net.eval()(*inputs)).abs().max() < 1e-6
 
