@@ -2,7 +2,7 @@
 
     python -m tools.variants --method smp-global --task stsb ...      flags as of train.py
 
-- smp-global ranks the scores of all matrices together (SMP, section 5.2: "sorted globally").
+- smp-global ranks the scores of all matrices together (SMP, Table 3, function G).
 - smp-head has a new output head that is trained, in place of the frozen label words.
 - smp-words keeps the label words and trains the head that they are read with.
 - dense-frozen and pins-frozen are dense fine-tuning and PINS with frozen embeddings. Movement
