@@ -113,10 +113,26 @@ def test_pairs_and_their_interval(record, capsys):
     out = compared(capsys, record, "--first", "a-*", "--second", "b-*")
     assert "| m | stsb | 0.1 | 2 | 71.0 | 68.0 | +3.0 ± 1.4 |" in out
     assert "| m | stsb | 0.03 | 2 | 61.0 | 61.0 | +0.0 ± 1.4 |" in out
-    assert "mean of 4 pairs in 2 cells +1.5, 95% interval -1.5 to +4.5: cannot be told apart" in out
-    assert "the first is above in 1 of 2 cells" in out
+    mean = "mean +1.5, 95% interval -1.5 to +4.5: cannot be told apart"
+    assert f"all: 4 pairs in 2 cells, 1 above 0; {mean}" in out
     one_density = compared(capsys, record, "--first", "a-*", "--second", "b-*", "--density", "0.03")
-    assert "mean of 2 pairs in 1 cells +0.0" in one_density
+    assert "2 pairs in 1 cells, 0 above 0; mean +0.0" in one_density
+
+
+def test_tasks_one_by_one(record, capsys):
+    """Runs of two tasks have a mean for each, and one over all cells."""
+    runs = read_record(record)
+    for seed, first in ((0, 50), (1, 52)):
+        runs |= run(f"a-other-{seed}", first, task="other", seed=seed)
+        runs |= run(f"b-other-{seed}", 48, task="other", method="smp-l", seed=seed)
+    write_record(record, {}, runs)
+    out = compared(capsys, record, "--first", "a-*", "--second", "b-*")
+    means = [line.split(", 95%")[0] for line in out.splitlines() if "mean" in line]
+    assert means == [
+        "m, other: 2 pairs in 1 cells, 1 above 0; mean +3.0",
+        "m, stsb: 4 pairs in 2 cells, 1 above 0; mean +1.5",
+        "all: 6 pairs in 3 cells, 2 above 0; mean +2.0",
+    ]
 
 
 def test_dense_is_a_pair_of_every_density(record, capsys):

@@ -10,7 +10,8 @@ The metric is the first one of the task, on dev at the last step, in percent. A 
 task and a density. The interval is that of the mean over the cells, at 95%. It rests on how the
 differences vary between the seeds of a cell, which is taken to be the same in all cells. Where each
 cell has one seed, it rests on how they vary between the cells. This makes it wide where a method
-gains much in one cell and little in another, so the last line counts the cells.
+gains much in one cell and little in another, so the cells are counted, too. Runs of several tasks
+have one line for each task, and one for all.
 """
 
 import signal
@@ -21,6 +22,7 @@ if __name__ == "__main__":
     print("loading torch", file=sys.stderr)  # this takes a second or two
 
 import math
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -96,27 +98,35 @@ def verdict(mean, half):
 
 
 def show(cells):
-    """Print a row per cell, and the mean over all cells."""
+    """Print a row per cell, and the mean over the cells of each task and over all cells."""
     print("| model | task | density | pairs | first | second | difference |")
     print("|---|---|---|---|---|---|---|")
-    differences = []
+    by_task = {}
     for (model, task, density), values in sorted(cells.items(), key=order):
         first, second = np.array(values).T  # (pairs, 2) -> 2 x (pairs,)
-        differences.append(first - second)
+        model = Path(model).name
+        by_task.setdefault((model, task), []).append(first - second)
         text = f"{np.mean(first - second):+.1f}"
         if len(values) > 1:
             text += f" ± {spread(first - second):.1f}"
         kept = "none asked" if density is None else f"{density:g}"
         print(
-            f"| {Path(model).name} | {task} | {kept} | {len(values)} | {np.mean(first):.1f} "
+            f"| {model} | {task} | {kept} | {len(values)} | {np.mean(first):.1f} "
             f"| {np.mean(second):.1f} | {text} |"
         )
+    if len(by_task) > 1:
+        for (model, task), differences in by_task.items():
+            print(f"\n{model}, {task}: {summary(differences)}")
+    print(f"\nall: {summary(list(chain(*by_task.values())))}")
+
+
+def summary(differences):
+    """Return one line about differences, a list with an array for each cell."""
     mean, half = interval(differences)
     width = "" if half is None else f", 95% interval {mean - half:+.1f} to {mean + half:+.1f}"
-    count = f"{sum(map(len, differences))} pairs in {len(cells)} cells"
-    print(f"\nmean of {count} {mean:+.1f}{width}: {verdict(mean, half)}")
     above = sum(np.mean(cell) > 0 for cell in differences)
-    print(f"the first is above in {above} of {len(cells)} cells")
+    count = f"{sum(map(len, differences))} pairs in {len(differences)} cells, {above} above 0"
+    return f"{count}; mean {mean:+.1f}{width}: {verdict(mean, half)}"
 
 
 def order(item):
