@@ -127,8 +127,8 @@ def kinds(tmp_path_factory):
     return {kind: str(folder / f"{kind}.json") for kind in ("span", "tag")}
 
 
-# What takes long runs beside the other tests, on one core and in this order.
-LONG = ("default_command", "errors_on_cuda", "runs_of_variants")
+# What waits for other processes runs beside the other tests, on one core and in this order.
+LONG = ("default_command", "errors_on_cuda", "runs_of_variants", "both", "grids", "live_output")
 
 
 def pytest_collection_modifyitems(items):
@@ -138,14 +138,18 @@ def pytest_collection_modifyitems(items):
 
 
 class Background:
-    """Commands that run one after another, each on one thread, beside the tests."""
+    """Work that is done piece by piece, in one thread, beside the tests."""
 
     def __init__(self):
         self.pool = ThreadPoolExecutor(max_workers=1)
         self.process = None
 
+    def call(self, function, *args):
+        """Return a future of what a function returns. It must leave this process as it is."""
+        return self.pool.submit(function, *args)
+
     def start(self, command, **options):
-        """Return a future: its result is what the command printed."""
+        """Return a future of what a command prints."""
         return self.pool.submit(self.run, command, options)
 
     def run(self, command, options):

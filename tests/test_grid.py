@@ -1,11 +1,14 @@
 """tools/grid.py makes the runs of a small file, once each, and never counts one that failed."""
 
 import json
-import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
+from conftest import ROOT
 from tools import grid
 from tools.record import read_record
 from train import Settings
@@ -45,15 +48,57 @@ def test_wrong_lines(line, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture(scope="module")
-def made(tiny, tmp_path_factory):
-    """A grid of three runs, of which one fails, that was started once: (file, folder, status)."""
-    folder = tmp_path_factory.mktemp("grid")
-    flags = " ".join(tiny)
-    broken = flags.replace(tiny[1], str(folder / "no-model"))
+def begin(background, fixture):
+    """Start two grids: (their folder, the future of what `make_grids` returns)."""
+    folder = fixture("tmp_path_factory").mktemp("grids")
+    flags = " ".join(fixture("tiny"))
+    broken = flags.replace(fixture("tiny")[1], str(folder / "no-model"))
     lines = [f"good 1 {flags} --method {{dense,smp-s}}", f"bad 1 {broken} --method dense"]
-    (folder / "grid").write_text("\n".join(lines) + "\n")
-    return folder / "grid", folder / "out", main(folder / "grid", folder / "out")
+    (folder / "three").write_text("\n".join(lines) + "\n")
+    flags = flags.replace("--max-steps 26", "--max-steps 120 --eval-every 120")
+    (folder / "one").write_text(f"a 1 {flags} --method dense\n")
+    return folder, background.call(make_grids, folder)
+
+
+def make_grids(folder):
+    """Make a grid of three runs, of which one fails. Stop another grid, and start it again.
+
+    Return the statuses of these three commands, and the files of the run that was stopped.
+    """
+    three = start(folder / "three", folder / "out").wait()
+    stopped = folder / "stopped"
+    log = stopped / "a" / "metrics.jsonl"
+    process = start(folder / "one", stopped)
+    while not (log.exists() and '"step": 9' in log.read_text()):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    one = process.wait()
+    files = {path.name for path in (stopped / "a").iterdir()}
+    assert read_record(stopped / "grid.jsonl") == {}
+    again = start(folder / "one", stopped).wait()
+    return (three, one, again), files
+
+
+def start(file, out):
+    """Start a grid in a process of its own."""
+    command = [sys.executable, "-m", "tools.grid", str(file), "--out", str(out), "--jobs", "2"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, cwd=ROOT, **quiet)
+
+
+@pytest.fixture(scope="module")
+def grids(in_background):
+    """The folder of two grids, the statuses of three commands, and files; see `make_grids`."""
+    folder, made = in_background["grids"]
+    return folder, *made.result()
+
+
+@pytest.fixture(scope="module")
+def made(grids):
+    """A grid of three runs, of which one fails, that was started once: (file, folder, status)."""
+    folder, statuses, _ = grids
+    return folder / "three", folder / "out", statuses[0]
 
 
 def main(file, out):
@@ -88,7 +133,9 @@ def test_what_is_finished_is_skipped(made, capsys):
         patch.setattr(grid, "start", lambda run, name: pytest.fail(run.name))
         file = file.with_name("good")
         file.write_text(made[0].read_text().splitlines()[0] + "\n")
+        before = signal.getsignal(signal.SIGTERM)
         assert main(file, out) == 0
+        assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_other_flags_are_refused(made, tmp_path, capsys):
@@ -100,24 +147,12 @@ def test_other_flags_are_refused(made, tmp_path, capsys):
     assert "has lr" in capsys.readouterr().err
 
 
-def test_a_signal_stops_and_a_second_start_resumes(tiny, tmp_path, monkeypatch):
+def test_a_signal_stops_and_a_second_start_resumes(grids):
     """SIGTERM lets a run write its checkpoint; the next start goes on from there."""
-    flags = " ".join(tiny).replace("--max-steps 26", "--max-steps 120 --eval-every 120")
-    (tmp_path / "grid").write_text(f"a 1 {flags} --method dense\n")
-    out = tmp_path / "out"
-    log = out / "a" / "metrics.jsonl"
-
-    def signal_at_step_9(seconds):
-        if log.exists() and '"step": 9' in log.read_text():
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(grid.time, "sleep", signal_at_step_9)
-        assert grid.main([str(tmp_path / "grid"), "--out", str(out)]) == 130
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as before
-    assert (out / "a" / "checkpoint.safetensors").exists()
-    assert not (out / "a" / "result.json").exists()
-    assert read_record(out / "grid.jsonl") == {}
-    assert grid.main([str(tmp_path / "grid"), "--out", str(out)]) == 0
-    assert "resumed" in (out / "a.log").read_text()
-    assert list(read_record(out / "grid.jsonl")) == ["a"]
+    folder, (_, stopped, again), files = grids
+    assert stopped == 130
+    assert "checkpoint.safetensors" in files
+    assert "result.json" not in files
+    assert again == 0
+    assert "resumed" in (folder / "stopped" / "a.log").read_text()
+    assert list(read_record(folder / "stopped" / "grid.jsonl")) == ["a"]

@@ -47,14 +47,27 @@ def on_a_terminal(argv):
     return written.decode()
 
 
-def test_one_live_line_on_a_terminal(tiny, tmp_path):
+def begin(background, fixture):
+    """Start a run on a terminal; return the future of what it shows."""
+    argv = [sys.executable, "train.py", *fixture("tiny"), "--max-steps", "250", "--log-every", "20"]
+    folder = fixture("tmp_path_factory").mktemp("live")
+    argv += ["--eval-every", "249", "--out", str(folder / "run")]
+    return background.call(on_a_terminal, argv)
+
+
+@pytest.fixture
+def live_output(in_background):
+    """What a run of 250 steps shows on a terminal."""
+    return in_background["live_output"].result()
+
+
+def test_one_live_line_on_a_terminal(live_output):
     """A terminal of 80 columns shows what is loaded, and one line that is renewed in place.
 
     The line has the steps done, the time gone and the time left, as mm:ss. It goes when the work
     is done, and the lines that stay are whole.
     """
-    argv = [sys.executable, "train.py", *tiny, "--max-steps", "250", "--log-every", "20"]
-    text = on_a_terminal([*argv, "--eval-every", "249", "--out", str(tmp_path / "run")])
+    text = live_output
     assert text.startswith("loading torch\r\n")
     shown = [part for part in re.split(r"[\r\n]+", text) if part.startswith("train:")]
     assert len(shown) > 1

@@ -188,6 +188,14 @@ def make_with_two(plan, folder, machines=()):
     return notes_of(folder)
 
 
+def make_with_one(plan, folder):
+    """Make the runs of a plan with one process; return its notes."""
+    (folder / "plan.json").write_text(json.dumps(plan))
+    process = subprocess.Popen([sys.executable, __file__, folder], env=environment(RANK="0"))
+    assert statuses_of([process]) == [0]
+    return json.loads((folder / "notes-0.json").read_text())
+
+
 def make_with_torchrun(plan, folder):
     """Do the same with two processes that torchrun starts."""
     (folder / "plan.json").write_text(json.dumps(plan))
@@ -259,35 +267,52 @@ SAME = {
     "l0": {"method": "l0"},
     "pins": {"method": "pins", "teacher": "none"},
     "self-teacher": {"method": "pins", "teacher": "self", "eval_every": 1, "lr": 3e-4, "seed": 1},
-    "teacher": {"method": "smp-s", "teacher": "{dense}"},
-    "span": {"method": "pins", "teacher": "self", "eval_every": 4, "task_file": "{span}"},
-    "tag": {"method": "smp-s", "teacher": "self", "eval_every": 4, "task_file": "{tag}"},
+    "teacher": {"method": "smp-s"},
+    "span": {"method": "pins", "teacher": "self", "eval_every": 4},
+    "tag": {"method": "smp-s", "teacher": "self", "eval_every": 4},
     "one-example": {"method": "dense", "batch_size": 101, "max_steps": 3},
 }
+KINDS = ("span", "tag")  # runs of a task of this kind
 
 
-@pytest.fixture(scope="module")
-def both(tiny, kinds, tmp_path_factory):
-    """A folder with each run of SAME by one process, 1/NAME, and by two, 2/NAME; and the notes.
+def begin(background, fixture):
+    """Start the runs of SAME: (a folder, the future of the notes of two processes).
 
-    The notes are those of rank 0 and of rank 1 of two processes, {name: note}.
+    The folder gets 1/NAME, which one process made, and 2/NAME, which two made.
     """
-    folder = tmp_path_factory.mktemp("both")
-    plans = {1: [], 2: []}
-    for world, plan in plans.items():
+    folder = fixture("tmp_path_factory").mktemp("both")
+    plans = []
+    for world in ("1", "2"):
+        (folder / world).mkdir()
+        plan = []
         for name, changes in SAME.items():
             options = {"batch_size": 20, "max_steps": 22, "grad_accum": 2, "dropout": 0, "lr": 1e-3}
             options |= changes
             if name == "teacher":
                 options["teacher"] = folder / "1" / "dense"
-            if name in kinds:
-                options["task_file"] = kinds[name]
-            flags = flags_of(**options, out=folder / str(world) / name)
-            plan.append({"flags": [*tiny, *flags]})
-    alone = make(plans[1])
-    assert [note["status"] for note in alone] == [0] * len(SAME)
-    notes = make_with_two(plans[2], folder)
-    return folder, [dict(zip(SAME, of_rank)) for of_rank in notes]
+            if name in KINDS:
+                options["task_file"] = fixture("kinds")[name]
+            flags = flags_of(**options, out=folder / world / name)
+            plan.append({"flags": [*fixture("tiny"), *flags]})
+        plans.append(plan)
+    return folder, background.call(make_both, plans, folder)
+
+
+def make_both(plans, folder):
+    """Make the runs of SAME with one process, then with two; return the notes of the two."""
+    notes = make_with_one(plans[0], folder / "1")
+    assert [note["status"] for note in notes] == [0] * len(SAME)
+    return make_with_two(plans[1], folder / "2")
+
+
+@pytest.fixture(scope="module")
+def both(in_background):
+    """A folder with each run of SAME by one process, 1/NAME, and by two, 2/NAME; and the notes.
+
+    The notes are those of rank 0 and of rank 1 of two processes, {name: note}.
+    """
+    folder, notes = in_background["both"]
+    return folder, [dict(zip(SAME, of_rank)) for of_rank in notes.result()]
 
 
 @pytest.mark.parametrize("name", SAME)
