@@ -125,7 +125,7 @@ def summary(differences):
     mean, half = interval(differences)
     width = "" if half is None else f", 95% interval {mean - half:+.1f} to {mean + half:+.1f}"
     above = sum(np.mean(cell) > 0 for cell in differences)
-    count = f"{sum(map(len, differences))} pairs in {len(differences)} cells, {above} above 0"
+    count = f"pairs: {sum(map(len, differences))}; cells: {len(differences)}, above 0: {above}"
     return f"{count}; mean {mean:+.1f}{width}: {verdict(mean, half)}"
 
 
