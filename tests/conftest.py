@@ -150,7 +150,7 @@ class Background:
 
     def start(self, command, **options):
         """Return a future of what a command prints."""
-        return self.pool.submit(self.run, command, options)
+        return self.call(self.run, command, options)
 
     def run(self, command, options):
         options["env"] = os.environ | options.get("env", {})

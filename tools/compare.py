@@ -124,9 +124,10 @@ def summary(differences):
     """Return one line about differences, a list with an array for each cell."""
     mean, half = interval(differences)
     width = "" if half is None else f", 95% interval {mean - half:+.1f} to {mean + half:+.1f}"
+    pairs = sum(map(len, differences))
     above = sum(np.mean(cell) > 0 for cell in differences)
-    count = f"pairs: {sum(map(len, differences))}; cells: {len(differences)}, above 0: {above}"
-    return f"{count}; mean {mean:+.1f}{width}: {verdict(mean, half)}"
+    counts = f"{pairs} pairs, cells: {len(differences)}, of them above 0: {above}"
+    return f"mean {mean:+.1f}{width}: {verdict(mean, half)} ({counts})"
 
 
 def order(item):
