@@ -1,64 +1,36 @@
 """GLUE, SQuAD, CoNLL-2003 or a task of your own, as token ids in flat numpy arrays.
 
 - `TASKS` has one row for each task. A row holds everything that this program knows about the task.
-- A task has one of four kinds. The kind says how its files are read, and what is decided.
+- A task is of a kind: a file in kinds/, which reads its files and says what is decided.
 - The official files are checked by the sha256 of the sources and by the number of rows.
-- A folder of official files is enough to work offline. A read-only folder stays untouched.
-- Text is read as the official scripts read it. Tabs and newlines separate, and quotes are text.
+- A folder of official files is enough to work offline. A read-only one stays untouched.
 - A split is tokenised once. The name of its cache file depends on all that decides the token ids.
 - An epoch is a list of index arrays. It depends only on lengths, batch size, seed and epoch.
 
     python data.py --task mrpc mnli    # download, check and count; training does it by itself too
 """
 
-import signal
-import sys
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program at once
-    print("loading torch", file=sys.stderr)  # this takes a second or two
+from support.terminal import Parser, UserError, program, tell  # first: torch takes a second or two
 
 import hashlib
-import json
 import os
-import re
+import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
 import torch
 from safetensors import SafetensorError
-from tokenizers import AddedToken, BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.processors import RobertaProcessing
 
-from tools.common import Parser, UserError, atomic_write, cache_home, live, program, read_json
-from tools.common import require, tell, writable
-from tools.fetch import DEMO, locate
+from kinds import KINDS
+from kinds.classify import IGNORED
+from kinds.task_file import SPLITS, read_task_file
+from support.fetch import DEMO, locate
+from support.files import atomic_write, cache_home, writable
 
-# -------------------------------------------------------------------------------------------------
-# tasks
-
-# The kinds of task, and what the metrics of each are called.
-#
-# kind       decisions per example                what the model reads
-# classify   one among the labels                 position 0
-# score      one number                           position 0
-# span       two: where an answer starts, ends    every position
-# tag        one per word among the labels        every position
-METRICS_OF = {
-    "classify": ("accuracy", "f1", "matthews"),
-    "score": ("pearson", "spearman"),
-    "span": ("f1", "em"),
-    "tag": ("entity_f1", "entity_precision", "entity_recall"),
-}
-EVERY_POSITION = ("span", "tag")
-
-SPLITS = ("train", "dev", "test")  # MNLI has "dev_mm" and "test_mm" as well
+# ---------- tasks ---------------------------------------------------------------------------------
 
 
 @dataclass
@@ -68,7 +40,7 @@ class Task:
     name: str
     folder: str  # the official name, used for the folder and for the file sent to the leaderboard
     labels: tuple  # the class names in the order of Hugging Face's checkpoints; () for a score
-    kind: str = "classify"  # or "score", "span", "tag"
+    kind: str = "classify"  # one of KINDS: how its files are read, and what is decided
     spelling: tuple = ("0", "1")  # the classes as the files and the leaderboard write them
     words: tuple = ("no", "yes")  # the word of each class; for regression, of `low` and of `high`
     metrics: tuple = ("accuracy",)  # the first one selects the best checkpoint
@@ -85,13 +57,9 @@ class Task:
 
     def __post_init__(self):
         if self.files is None:
-            self.files = tsvs(self.folder)
+            self.files = {split: f"{self.folder}/{split}.tsv" for split in SPLITS}
         if isinstance(self.rows, tuple):
             self.rows = dict(zip(self.files, self.rows))
-
-    @property
-    def regression(self):
-        return self.kind == "score"
 
     @property
     def eval_splits(self):
@@ -99,9 +67,9 @@ class Task:
         return {name: name.removeprefix("dev") for name in self.files if name.startswith("dev")}
 
 
-def tsvs(folder):
-    """Return the usual files of a task."""
-    return {split: f"{folder}/{split}.tsv" for split in SPLITS}
+def kind_of(task):
+    """Return the object of its kind that knows how to read, decide and measure this task."""
+    return KINDS[task.kind](task)
 
 
 def glue_file(name, sha256):
@@ -197,7 +165,7 @@ OFFICIAL_TASKS = (
     Task(name="conll2003", folder="CoNLL-2003", kind="tag",
          labels=("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC"),
          words=("the", "John", "Smith", "company", "Inc", "London", "England", "German", "Cup"),
-         metrics=METRICS_OF["tag"],
+         metrics=("entity_f1", "entity_precision", "entity_recall"),
          files={"train": "CoNLL-2003/train.txt", "dev": "CoNLL-2003/valid.txt",
                 "test": "CoNLL-2003/test.txt"},
          other_names={"train": ("train.txt", "eng.train"), "dev": ("valid.txt", "eng.testa"),
@@ -217,387 +185,55 @@ TASKS = {"demo": None} | {task.name: task for task in OFFICIAL_TASKS}
 def get_task(name=None, task_file=None):
     """Return the task called `name` (default: the demo), or the one in `task_file`.
 
-    Raises UserError for an unknown name, and where `task_file` describes another task than `name`.
+    Raises UserError for an unknown name, and where `task_file` describes another task.
     """
     if name in (None, "demo") and not task_file:
         task_file = DEMO / "task.json"
     if task_file:
-        task = read_task_file(Path(task_file))
-        same = name in (None, task.name)
-        require(same, f"--task {name}: {task_file} describes {task.name}; give one of them")
+        task = Task(**read_task_file(Path(task_file)))
+        if name not in (None, task.name):
+            raise UserError(f"--task {name}: {task_file} describes {task.name}; give one of them")
         return task
-    require(name in TASKS, f'unknown task "{name}": expected {", ".join(TASKS)}, or --task-file')
+    if name not in TASKS:
+        raise UserError(f'unknown task "{name}": expected {", ".join(TASKS)}, or --task-file')
     return TASKS[name]
-
-
-# -------------------------------------------------------------------------------------------------
-# task files
-
-
-# The keys of a task file, and how many strings each of them holds: those of every kind ...
-KEYS = {"name": (1, 1), "train": (1, 1), "dev": (1, 1), "metric": (1, 3)}
-MAY_LACK = {"test": (1, 1), "kind": (1, 1)}
-# ... and those that a kind has besides them
-TSV_KEYS = {"columns": (1, 2), "label": (1, 1), "words": (1, 999)}
-KEYS_OF = {
-    "classify": TSV_KEYS | {"labels": (2, 999)},
-    "score": TSV_KEYS | {"range": (2, 2)},
-    "span": {"words": (1, 999)},
-    "tag": {"words": (1, 999), "labels": (2, 999)},
-}
-
-
-def read_task_file(path):
-    """Return a task of your own, described in JSON.
-
-        {"name": "mine", "train": "train.tsv", "dev": "dev.tsv", "columns": ["question", "answer"],
-         "label": "label", "labels": ["bad", "good"], "words": ["no", "yes"], "metric": "accuracy"}
-        {"name": "squad-fr", "kind": "span", "train": "train.json", "dev": "dev.json",
-         "words": ["yes", "no"], "metric": ["f1", "em"]}
-
-    Paths are relative to the JSON file. "test" may name a third file. "metric" may be a list, and
-    the first one selects the best checkpoint. "words" are the label words, which SMP needs.
-    "kind" says what the files are, and which other keys there are:
-    - "classify" (default): TSVs with a header line. "columns" are one or two columns of text,
-      "label" is the column of labels, and "labels" are the strings in it.
-    - "score": the same, with "range": [0, 5] in place of "labels". Its two words are for the low
-      end and for the high end.
-    - "span": JSON files in the form of SQuAD v1.1. Its two words are for the start and the end.
-    - "tag": files in the form of CoNLL-2003. "labels" are "O" and the tags in BIO2. Without this
-      key they are those of the training file.
-    Raises UserError with the key that is wrong.
-    """
-    row = read_json(path)
-
-    def expect(condition, key, expected):
-        require(condition, f'{path}: "{key}": expected {expected}')
-
-    kind = row.get("kind", "score" if "range" in row else "classify")
-    expect(kind in list(METRICS_OF), "kind", f"one of {', '.join(METRICS_OF)}")
-    counts = KEYS | MAY_LACK | KEYS_OF[kind]
-    needed = KEYS if kind in EVERY_POSITION else KEYS | KEYS_OF[kind]
-    for key in row:
-        require(key in counts, f'{path}: unknown key "{key}"; the keys are {", ".join(counts)}')
-    for key in needed:
-        expect(key in row, key, "this key, but it is missing")
-    ends = row.pop("range", [0, 5])
-    numbers = isinstance(ends, list) and {type(end) for end in ends} <= {int, float}
-    in_order = numbers and len(ends) == 2 and ends[0] < ends[1]
-    expect(in_order, "range", "two numbers, the lower one first")
-    values = {}
-    for key, value in row.items():
-        values[key] = value if isinstance(value, list) else [value]
-        distinct = {text for text in values[key] if isinstance(text, str) and text.strip("\0")}
-        least, most = counts[key]
-        expected = f"{least} to {most} different strings" if most > 1 else "a string, not empty"
-        valid = len(distinct) == len(values[key]) and least <= len(distinct) <= most
-        expect(valid, key, expected)
-    (name,) = values["name"]
-    expect(re.fullmatch(r"[\w.-]+", name), "name", "letters, digits, dots and dashes")
-    folder = path.resolve().parent
-    files = {split: str(folder / values[split][0]) for split in SPLITS if split in values}
-    labels = values.get("labels", ())
-    columns = values.get("columns", ("sentence",))
-    if kind == "span":
-        labels = ("start", "end")
-        columns = ("question", "context")
-    elif kind == "tag":
-        there = labels or Path(files["train"]).is_file()
-        expect(there, "train", 'a file, because there are no "labels"')
-        labels = labels or tags_in(files["train"])
-        whole = all_tags(label[2:] for label in labels)
-        expect(set(labels) == set(whole), "labels", '"O", and "B-X" and "I-X" for each type X')
-    words = values.get("words", ())
-    count = len(labels) or 2
-    expect(len(words) in (count, 0), "words", f"{count} different strings")
-    # F1 and Matthews are those of two classes
-    metrics = ("accuracy",) if kind == "classify" and count > 2 else METRICS_OF[kind]
-    expect(set(values["metric"]) <= set(metrics), "metric", f"some of {', '.join(metrics)}")
-    return Task(
-        name=name,
-        folder=name,
-        kind=kind,
-        labels=tuple(labels),
-        spelling=tuple(labels),
-        words=tuple(words),
-        metrics=tuple(values["metric"]),
-        columns=tuple(columns),
-        label=values.get("label", [""])[0],
-        files=files,
-        low=float(ends[0]),
-        high=float(ends[1]),
-    )
-
-
-def tags_in(path):
-    """Return the tags of a file in the form of CoNLL-2003: "O", and B and I of each type."""
-    anything = Task(name="", folder="", kind="tag", labels=())
-    _, gold = read_conll(anything, "train", path, Path(path).read_bytes())
-    return all_tags(tag[2:] for tag in chain(*gold))
-
-
-def all_tags(types):
-    """Return "O", and B and I of each type. The type of "O" is "", which does not count."""
-    pairs = [(f"B-{name}", f"I-{name}") for name in sorted(set(types) - {""})]
-    return ("O", *chain(*pairs))
-
-
-# -------------------------------------------------------------------------------------------------
-# reading
 
 
 def read_split(task, split, path, data):
     """Return the texts in the bytes `data` of a file `path`, and what is right for each (`gold`).
 
-    kind              a text                             its gold
-    classify, score   a string, or a pair of strings     an int64 class, or a float32 value
-    span              a pair (question, context)         (id, [(answer, its first character)])
-    tag               a list of words                    a list of tags
-
-    Raises UserError that names the place in the file where something is not as it should be.
+    See `read` of the task's kind. Raises UserError where something is not as it should be.
     """
-    read = {"span": read_squad, "tag": read_conll}.get(task.kind, read_tsv)
-    texts, gold = read(task, split, path, data)
-    require(texts, f"{path}: no row of data")
+    texts, gold = kind_of(task).read(split, path, data)
+    if not texts:
+        raise UserError(f"{path}: no row of data")
     expected = task.rows.get(split, len(texts))
-    counts = f"{len(texts)} rows, expected {expected}"
-    require(len(texts) == expected, f"{path}: {counts}: not whole, or not the official file")
+    if len(texts) != expected:
+        counts = f"{len(texts)} rows, expected {expected}"
+        raise UserError(f"{path}: {counts}: not whole, or not the official file")
     return texts, gold
 
 
-def read_tsv(task, split, path, data):
-    """Read a TSV; see `read_split`.
-
-    The gold is None in a test split, and in "lines", which have no header line either.
-    """
-    labelled = split.startswith(("train", "dev"))
-    # not splitlines(), because U+2028 and its like are text
-    lines = [line.removesuffix("\r") for line in decode(path, data).split("\n")]
-    first = 0 if task.header and (labelled or split == "lines") else 1
-    header = lines[0].split("\t") if first else task.header
-    wanted = (*task.columns, task.label) if labelled else task.columns
-    found = ", ".join(header)
-    for name in wanted:
-        require(name in header, f'{path}:1: no column "{name}"; the header line has {found}')
-    pick = itemgetter(*map(header.index, task.columns))  # from one column a string, from two a pair
-    texts = []
-    labels = []
-    for number, line in enumerate(lines[first:], first + 1):
-        fields = line.split("\t")
-        missing = header[len(fields) :]
-        if line == "" or (missing and task.drop_broken):
-            continue
-        # The official scripts let a row of too many fields pass, and so do we in official files.
-        whole = not missing and (len(fields) == len(header) or task.rows)
-        hint = f'"{missing[0]}" is missing' if missing else "a tab inside a text?"
-        counts = f"{len(fields)} columns, expected {len(header)}"
-        require(whole, f"{path}:{number}: {counts}: {hint}")
-        texts.append(pick(fields))
-        if labelled:
-            label = fields[header.index(task.label)]
-            labels.append(read_label(task, label, f"{path}:{number}"))
-    kind = np.float32 if task.regression else np.int64
-    return texts, np.array(labels, kind) if labelled else None
-
-
-def decode(path, data):
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        number = data.count(b"\n", 0, error.start) + 1
-        byte = f"byte 0x{data[error.start]:02x}"
-        raise UserError(f"{path}:{number}: {byte} is not UTF-8; convert the file") from None
-
-
-def read_label(task, text, place):
-    """Return the class, or the value of a regression, that `text` at `place` of a file means."""
-    try:
-        if not task.regression:
-            return task.spelling.index(text)
-        value = float(text)
-        if task.low <= value <= task.high:  # False for nan
-            return value
-    except ValueError:
-        pass  # not one of the classes, or not a number
-    expected = " or ".join(task.spelling)
-    if task.regression:
-        expected = f"a number from {task.low} to {task.high}"
-    raise UserError(f'{place}: unknown {task.label} "{text}", expected {expected}')
-
-
-def read_squad(task, split, path, data):
-    """Read a JSON file in the form of SQuAD v1.1; see `read_split`."""
-    texts = []
-    gold = []
-    try:
-        articles = json.loads(decode(path, data))["data"]
-        json.dumps(articles, ensure_ascii=False).encode()  # a ValueError for half a character
-        for article in articles:
-            for paragraph in article["paragraphs"]:
-                for row in paragraph["qas"]:
-                    answers = [(a["text"], a["answer_start"]) for a in row.get("answers", [])]
-                    texts.append((row["question"].lstrip(), paragraph["context"]))
-                    gold.append((row["id"], answers))
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}: not in the form of SQuAD v1.1 ({reason})") from None
-    ids = set()
-    for (_, context), (name, answers) in zip(texts, gold):
-        place = f'{path}: question "{name}"'
-        strings = [name, context, *[text for text, _ in answers]]
-        valid = all(isinstance(text, str) for text in strings) and name not in ids
-        valid = valid and all(type(start) is int for _, start in answers)
-        expected = "expected strings, a new id, and answer_start to be whole numbers"
-        require(valid, f"{place}: {expected}")
-        ids.add(name)
-        require(answers or split == "test", f"{place}: no answer; SQuAD v2 is not supported")
-        if split == "train":
-            text, start = answers[0]
-            there = start >= 0 and context.startswith(text or "\0", start)
-            found = f'the answer "{text}" is not at character {start} of its context'
-            require(there, f"{place}: {found}; answer_start counts Unicode characters")
-    return texts, gold
-
-
-def read_conll(task, split, path, data):
-    """Read a file in the form of CoNLL-2003; see `read_split`.
-
-    A line has columns between spaces or tabs: first a word, last its tag. An empty line ends a
-    sentence. Tags are in IOB1 or BIO2, and become BIO2. A task without labels accepts any tag.
-    """
-    texts = []
-    gold = []
-    words = []
-    tags = []
-    for number, line in enumerate([*decode(path, data).split("\n"), ""], 1):
-        fields = re.split("[ \t]+", line.strip(" \t\r"))
-        if fields == [""] or fields[0] == "-DOCSTART-":
-            if words:
-                texts.append(words)
-                gold.append(tags)
-            words = []
-            tags = []
-            continue
-        tag = fields[-1]
-        before = tags[-1] if tags else "O"
-        if tag.startswith("I-") and tag[2:] != before[2:]:
-            tag = "B-" + tag[2:]  # in IOB1 the first word of an entity may have I
-        known = tag in task.labels if task.labels else re.fullmatch("O|B-.+|I-.+", tag)
-        expected = f"expected a word first, and last {' or '.join(task.labels) or 'O, B-X or I-X'}"
-        require(known and fields[1:], f'{path}:{number}: "{fields[-1]}" is no tag; {expected}')
-        words.append(fields[0])
-        tags.append(tag)
-    return texts, gold
-
-
-# -------------------------------------------------------------------------------------------------
-# tokens
-
-IGNORED = -100  # the label of a token at which nothing is decided
-
-
-def load_tokenizer(model_dir, vocab_size):
-    """Return the tokenizer of a checkpoint folder, which neither pads nor truncates.
-
-    It is read from tokenizer.json or, without this file, built from BERT's vocab.txt, or from
-    RoBERTa's vocab.json and merges.txt. Raises UserError if none is there, or if an id is not below
-    `vocab_size`, the rows of the embedding.
-    """
-    builders = {
-        "tokenizer.json": Tokenizer.from_file,
-        "vocab.txt": build_tokenizer,
-        "vocab.json": build_byte_tokenizer,
-    }
-    paths = [Path(model_dir, name) for name in builders]
-    there = [path for path in paths if path.is_file()]
-    require(there, f"{model_dir}: none of {', '.join(builders)}; copy one there")
-    path = there[0]
-    try:
-        tokenizer = builders[path.name](str(path))
-    except Exception as error:  # the library raises bare Exceptions
-        raise UserError(f"{path}: not a tokenizer of BERT's kind ({error})") from None
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    fits = largest < vocab_size
-    require(fits, f"{path}: ids up to {largest}, but the embedding has {vocab_size} rows")
-    return tokenizer
-
-
-def build_tokenizer(path):
-    """Return BERT's tokenizer from vocab.txt, which has one token per line.
-
-    Switches such as "do_lower_case" come from the tokenizer_config.json beside it, if there is one.
-    """
-    config = Path(path).with_name("tokenizer_config.json")
-    config = read_json(config) if config.is_file() else {}
-    tokenizer = BertWordPieceTokenizer.from_file(
-        path,
-        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
-        strip_accents=config.get("strip_accents"),  # None: strip them if we lowercase
-        lowercase=config.get("do_lower_case", True),
-    )
-    missing = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"} - tokenizer.get_vocab().keys()
-    require(not missing, f"no {' '.join(sorted(missing))}")
-    return Tokenizer.from_str(tokenizer.to_str())
-
-
-def build_byte_tokenizer(path):
-    """Return RoBERTa's tokenizer from vocab.json and the merges.txt beside it."""
-    merges = str(Path(path).with_name("merges.txt"))
-    tokenizer = ByteLevelBPETokenizer.from_file(path, merges, trim_offsets=True)
-    first, last = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
-    tokenizer.post_processor = RobertaProcessing(last, first, add_prefix_space=False)
-    mask = AddedToken("<mask>", lstrip=True)
-    tokenizer.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", mask])
-    return Tokenizer.from_str(tokenizer.to_str())
-
-
-def is_byte_level(tokenizer):
-    """Is it RoBERTa's kind, for which a space belongs to the word after it?"""
-    return isinstance(tokenizer.pre_tokenizer, ByteLevel)
-
-
-def word_ids(tokenizer, words):
-    """Return the ids of label words. Raises UserError unless each is one token of its own.
-
-    For RoBERTa a word stands after a space, and three have a capital (SMP, released code).
-    """
-    unknown = tokenizer.token_to_id("[UNK]")
-    ids = []
-    for word in words:
-        if is_byte_level(tokenizer):
-            word = " " + (word.capitalize() if word in ("yes", "no", "maybe") else word)
-        encoding = tokenizer.encode(word, add_special_tokens=False)
-        new = [i for i in encoding.ids if i not in (unknown, *ids)]
-        expected = f"expected one token, which no other word has; it is {encoding.tokens}"
-        require(len(encoding.ids) == len(new) == 1, f'label word "{word}": {expected}')
-        ids += new
-    return ids
+# ---------- a split as arrays ---------------------------------------------------------------------
 
 
 @dataclass
 class Dataset:
     """The n rows of a split. The tokens of row i are ids[starts[i]:starts[i] + lengths[i]].
 
-    A row is an example. Of a "span" task it is a window: as much of a question's context as fits.
-    The token type is 0 at first. It is 1 from position second[i] of the row on.
+    A row is an example, or a part of one. The token type is 0, and 1 from position second[i] on.
     """
 
+    kind: object  # of the task, see `kind_of`
     ids: np.ndarray  # (total number of tokens,) int32
     lengths: np.ndarray  # (n,) int64
     second: np.ndarray  # (n,) int32
-    # classify, score: (n,) int64 classes or float32 values; None in a test split
-    # span: (n, 2) int64, the positions of the first and the last token of the answer
-    # tag: (total,) int64, a class at the first token of a word, else IGNORED
+    # of a row, or of a token (IGNORED where nothing is decided); None in a test split
     labels: np.ndarray | None = None
     max_length: int = 512  # no row has more tokens
-    kind: str = "classify"
-    # span: (total, 2) int32, from which character of the context to which a token reaches, or 0, 0
-    # tag: (total,) int32, which word begins at a token, or -1
-    places: np.ndarray | None = None
-    owner: np.ndarray | None = None  # span: (n,) int64, to which example a window belongs
-    examples: list | None = None  # span, tag: [(text, gold)], see `read_split`
+    places: np.ndarray | None = None  # where a token stands in its text, if the kind needs it
+    owner: np.ndarray | None = None  # (n,) int64, to which example a row belongs; None: its own
+    examples: list | None = None  # [(text, gold)], if the kind keeps texts, see `read_split`
     starts: np.ndarray | None = None  # (n,) int64; None: one row follows another
 
     def __post_init__(self):
@@ -619,7 +255,7 @@ class Dataset:
     @cached_property
     def decision_counts(self):
         """Return the number of labelled decisions of each row, (n,)."""
-        if self.kind != "tag":
+        if not self.kind.label_per_token:
             return np.full(len(self), self.labels[0].size)
         before = np.append(0, np.cumsum(self.labels != IGNORED))
         return before[self.starts + self.lengths] - before[self.starts]
@@ -629,8 +265,9 @@ class Dataset:
         rows = indices
         if self.owner is not None:
             rows = np.flatnonzero(np.isin(self.owner, indices))
-        part = replace(self, **{name: getattr(self, name)[rows] for name in PER_ROW})
-        if self.kind != "tag":
+        per_row = ("starts", "lengths", "second")
+        part = replace(self, **{name: getattr(self, name)[rows] for name in per_row})
+        if not self.kind.label_per_token:
             part.labels = self.labels[rows]
         if self.owner is not None:
             part.owner = np.searchsorted(indices, self.owner[rows])
@@ -645,158 +282,88 @@ class Dataset:
         cut = np.clip(round(fraction * count), 1, count - 1)
         return [self.take(np.sort(part)) for part in (order[cut:], order[:cut])]
 
+    def by_tokens(self, max_tokens):
+        """Return batches of up to so many tokens, as index arrays, the longest rows first.
 
-PER_ROW = ("starts", "lengths", "second")
+        So there is little padding, and memory runs out at once or never.
+        """
+        order = np.argsort(-self.lengths, kind="stable")
+        return np.split(order, np.cumsum(token_sizes(self.lengths, max_tokens))[:-1])
+
+    def collate(self, indices, pad_id=0):
+        """Return rows as tensors, padded to the longest of them and to a multiple of 8.
+
+        input_ids and token_type_ids are (B, T) int64, and attention_mask is (B, T) bool. If there
+        are labels, labels is (B, ...), or (B, T) where tokens have labels. rows, (B,) or where
+        every position is read (B, T), says in which row of a table over the whole split the logits
+        stand; -1 for padding.
+        """
+        starts = self.starts[indices]  # (B,)
+        lengths = self.lengths[indices]  # (B,)
+        width = min((int(lengths.max()) + 7) // 8 * 8, self.max_length)  # T
+        position = np.arange(width)  # (T,)
+        mask = position < lengths[:, None]  # (T,) < (B, 1) -> (B, T)
+        source = starts[:, None] + position  # (B, 1) + (T,) -> (B, T), the place of a token in ids
+        input_ids = np.full(mask.shape, pad_id, np.int64)
+        input_ids[mask] = self.ids[source[mask]]
+        token_type_ids = (mask & (position >= self.second[indices][:, None])).astype(np.int64)
+        batch = {"input_ids": input_ids, "token_type_ids": token_type_ids, "attention_mask": mask}
+        batch["rows"] = np.where(mask, source, -1) if self.kind.every_position else indices
+        if self.kind.label_per_token:
+            batch["labels"] = np.full(mask.shape, IGNORED)
+            batch["labels"][mask] = self.labels[source[mask]]
+        elif self.labels is not None:
+            batch["labels"] = self.labels[indices]
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
 def load_dataset(task, split, tokenizer, max_length, data_dir="data"):
     """Return a split as a Dataset, from the cache if the same text was tokenised before."""
-    require(max_length >= 8, f"--max-length {max_length}: expected at least 8")
+    if max_length < 8:
+        raise UserError(f"--max-length {max_length}: expected at least 8")
+    kind = kind_of(task)
     data_dir = Path(data_dir)
     path = locate(task, split, data_dir)
     data = path.read_bytes()
     # The key of the cache file is made of all that decides the ids, and of nothing else.
     reading = replace(task, name=split, words=(), metrics=(), files={}, other_names=(), sources=())
     reading.rows = task.rows.get(split)
-    described = f"format 2, {max_length}, {reading}, {tokenizer.to_str()}"
-    key = hashlib.sha256(hashlib.sha256(data).digest() + described.encode()).hexdigest()[:32]
+    about = f"format 2, {max_length}, {reading}, {tokenizer.to_str()}"
+    key = hashlib.sha256(hashlib.sha256(data).digest() + about.encode()).hexdigest()[:32]
     folder = data_dir / "cache" if writable(data_dir) else cache_home() / "tokens"
     cached = folder / f"{task.name}-{split}-{key}.safetensors"
-    text = None
-    if task.kind in EVERY_POSITION:  # the metrics need the text, too
-        text = read_split(task, split, path, data)
+    text = read_split(task, split, path, data) if kind.keeps_text else None
     try:
-        return make_dataset(task, text, safetensors.numpy.load_file(cached), max_length)
+        return make_dataset(kind, text, safetensors.numpy.load_file(cached), max_length)
     except (OSError, TypeError, SafetensorError):
         pass  # the file is missing or damaged, or it lacks an array, so we tokenise
     text = text or read_split(task, split, path, data)
-    arrays = tokenise(task, *text, tokenizer, max_length)
+    arrays = kind.encode(*text, tokenizer, max_length)
     try:
         atomic_write(cached, safetensors.numpy.save(arrays))
     except OSError as error:
         tell(f"no token cache: {error}", sys.stderr)
-    return make_dataset(task, text, arrays, max_length)
+    return make_dataset(kind, text, arrays, max_length)
 
 
-def make_dataset(task, text, arrays, max_length):
+def make_dataset(kind, text, arrays, max_length):
     """Return the Dataset of these arrays; `text` is from `read_split`."""
-    dataset = Dataset(**arrays, max_length=max_length, kind=task.kind)
-    if task.kind in EVERY_POSITION:
+    dataset = Dataset(kind, **arrays, max_length=max_length)
+    if kind.keeps_text:
         dataset.examples = list(zip(*text))
-    if task.kind == "tag":
-        lost = sum(map(len, text[0])) - np.count_nonzero(dataset.places >= 0)
-        text = f"words of {task.name} without a token in --max-length {max_length}: {lost:,}"
-        if lost:
-            tell(f"warning: {text}; they count as tagged O", sys.stderr)
+    kind.check(dataset)
     return dataset
 
 
-def tokenise(task, texts, gold, tokenizer, max_length):
-    """Return the arrays of a Dataset, by name; `texts` and `gold` are from `read_split`."""
-    if task.kind == "span":
-        return encode_windows(texts, gold, tokenizer, max_length)
-    if task.kind == "tag":
-        return encode_words(texts, gold, task.labels, tokenizer, max_length)
-    arrays = encode(texts, tokenizer, max_length)
-    return arrays if gold is None else arrays | {"labels": gold}
+def load_dev(task, tokenizer, max_length, data_dir):
+    """Return {suffix: Dataset}: dev, and for MNLI its mismatched half, too."""
+    dev_sets = {}
+    for split, suffix in task.eval_splits.items():
+        dev_sets[suffix] = load_dataset(task, split, tokenizer, max_length, data_dir)
+    return dev_sets
 
 
-def copy_of(tokenizer):
-    """Return a copy, whose settings may be changed."""
-    return Tokenizer.from_str(tokenizer.to_str())
-
-
-def flat(ids, second):
-    """Return ids, lengths and second (see Dataset) of the rows `ids`, by name."""
-    lengths = np.array([len(row) for row in ids])
-    ids = np.concatenate(ids, dtype=np.int32)
-    return {"ids": ids, "lengths": lengths, "second": np.array(second, np.int32)}
-
-
-def encode(texts, tokenizer, max_length):
-    """Return the arrays of texts or pairs of texts. Of a pair the longer text is cut first."""
-    tokenizer = copy_of(tokenizer)
-    tokenizer.enable_truncation(max_length, strategy="longest_first")
-    ids = []
-    second = []
-    with live("tokenise", len(texts)) as bar:
-        for start in range(0, len(texts), 4096):  # in chunks: an Encoding takes much memory
-            chunk = tokenizer.encode_batch_fast(texts[start : start + 4096])
-            for encoding in chunk:
-                ids.append(np.array(encoding.ids, np.int32))
-                second.append(len(ids[-1]) - sum(encoding.type_ids))
-            bar.update(len(chunk))
-    return flat(ids, second)
-
-
-# Two windows of a context share so many tokens (SMP, released code), but at most half of what a
-# question leaves of a row. With more, the library panics or makes dozens of windows.
-OVERLAP = 128
-
-
-def encode_windows(texts, gold, tokenizer, max_length):
-    """Return the arrays of questions with the windows of their contexts.
-
-    Raises UserError with the id of a question that leaves no room for its context.
-    """
-    cutter = copy_of(tokenizer)
-    specials = cutter.num_special_tokens_to_add(is_pair=True)
-    windows = []
-    examples = list(zip(texts, gold))
-    for owner, (text, (name, answers)) in enumerate(live("tokenise", None, iterable=examples)):
-        size = len(tokenizer.encode(text[0], add_special_tokens=False))
-        room = max_length - specials - size
-        none = f'question "{name}": its {size} tokens leave no room for the context'
-        require(room > 0, f"{none} in --max-length {max_length}")
-        cutter.enable_truncation(max_length, stride=min(OVERLAP, room // 2), strategy="only_second")
-        first = cutter.encode(*text)
-        for window in (first, *first.overflowing):
-            windows.append((owner, *read_window(window, answers)))
-    owner, ids, second, places, labels = zip(*windows)
-    more = {"owner": np.array(owner), "places": np.concatenate(places), "labels": np.array(labels)}
-    return flat(ids, second) | more
-
-
-def read_window(encoding, answers):
-    """Return the ids of a window, where its second text begins, its places, and its label.
-
-    The label is the first and the last token of the first answer, or position 0 twice where the
-    answer is not wholly in the window (SMP, released code).
-    """
-    context = np.flatnonzero([text == 1 for text in encoding.sequence_ids])
-    places = np.zeros((len(encoding), 2), np.int32)
-    places[context] = np.array(encoding.offsets)[context]
-    begins, ends = places[context].T
-    label = (0, 0)
-    if answers and len(context):
-        text, start = answers[0]
-        end = start + len(text)
-        if begins[0] <= start and end <= ends[-1]:
-            first = np.searchsorted(begins, start, "right") - 1
-            label = (context[first], context[np.searchsorted(ends, end)])
-    return encoding.ids, len(encoding) - sum(encoding.type_ids), places, label
-
-
-def encode_words(texts, gold, labels, tokenizer, max_length):
-    """Return the arrays of sentences that are lists of words. Of a long one the end is cut."""
-    tokenizer = copy_of(tokenizer)
-    tokenizer.enable_truncation(max_length)
-    if is_byte_level(tokenizer):
-        tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)  # each word has its space
-    rows = []
-    for words, tags in zip(texts, gold):
-        encoding = tokenizer.encode(words, is_pretokenized=True)
-        places = np.array([-1 if word is None else word for word in encoding.word_ids], np.int32)
-        places[1:][places[1:] == places[:-1]] = -1  # only the first token of a word counts
-        classes = np.array([labels.index(tag) for tag in tags])
-        rows.append((encoding.ids, places, np.where(places < 0, IGNORED, classes[places])))
-    ids, places, classes = zip(*rows)
-    more = {"places": np.concatenate(places), "labels": np.concatenate(classes)}
-    return flat(ids, [len(row) for row in ids]) | more
-
-
-# -------------------------------------------------------------------------------------------------
-# batches
+# ---------- batches -------------------------------------------------------------------------------
 
 
 def token_sizes(lengths, max_tokens):
@@ -848,37 +415,7 @@ def micro_batches(batch, count, rank, world, grad_accum):
     return [(part, factor) if len(part) else (batch[:1], 0.0) for part in parts]
 
 
-def collate(dataset, indices, pad_id=0):
-    """Return rows as tensors, padded to the longest of them and to a multiple of 8.
-
-    input_ids and token_type_ids are (B, T) int64, and attention_mask is (B, T) bool. If there are
-    labels, labels is (B,), int64 classes or float32 values; of "span" (B, 2), of "tag" (B, T).
-    rows, (B,) or where every position is read (B, T), says in which row of a table over the whole
-    split the logits stand; -1 for padding.
-    """
-    starts = dataset.starts[indices]  # (B,)
-    lengths = dataset.lengths[indices]  # (B,)
-    width = min((int(lengths.max()) + 7) // 8 * 8, dataset.max_length)  # T
-    position = np.arange(width)  # (T,)
-    mask = position < lengths[:, None]  # (T,) < (B, 1) -> (B, T)
-    source = starts[:, None] + position  # (B, 1) + (T,) -> (B, T), where each token is in `ids`
-    input_ids = np.full(mask.shape, pad_id, np.int64)
-    input_ids[mask] = dataset.ids[source[mask]]
-    token_type_ids = (mask & (position >= dataset.second[indices][:, None])).astype(np.int64)
-    batch = {"input_ids": input_ids, "token_type_ids": token_type_ids, "attention_mask": mask}
-    batch["rows"] = indices
-    if dataset.kind in EVERY_POSITION:
-        batch["rows"] = np.where(mask, source, -1)
-    if dataset.kind == "tag":
-        batch["labels"] = np.full(mask.shape, IGNORED)
-        batch["labels"][mask] = dataset.labels[source[mask]]
-    elif dataset.labels is not None:
-        batch["labels"] = dataset.labels[indices]
-    return {name: torch.from_numpy(array) for name, array in batch.items()}
-
-
-# -------------------------------------------------------------------------------------------------
-# command line
+# ---------- command line --------------------------------------------------------------------------
 
 
 def prepare(task, data_dir="data"):
@@ -902,7 +439,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     tasks = [get_task(name) for name in args.task]
     tasks += [get_task(None, path) for path in args.task_file]
-    require(tasks, "nothing to do: give --task or --task-file")
+    if not tasks:
+        raise UserError("nothing to do: give --task or --task-file")
     for task in tasks:
         for split, (path, rows) in prepare(task, args.data_dir).items():
             print(f"{task.name:8} {split:8} {rows:8,} rows  {path}")

@@ -1,16 +1,14 @@
 """How weights are masked: masked layers, mask functions, and one small class per method.
 
 The papers:
-- SMP: Jiang et al., "Pruning Pre-trained Language Models Without Fine-Tuning", ACL 2023,
-  arXiv 2210.06210
+- SMP: Jiang et al., ACL 2023, arXiv 2210.06210
 - movement pruning: Sanh, Wolf, Rush, NeurIPS 2020, arXiv 2005.07683
 - PINS: Ren and Zhu, Findings of ACL 2023, arXiv 2305.12394
 - PLATON: Zhang et al., ICML 2022, arXiv 2206.12562
 
 Their symbols and our words: W or theta `weight`, S `scores`, M or m `mask`, v `density` (the
 fraction kept), T `total_steps`, lambda `strength`, R the regulariser, g `grad`, eta `lr`,
-I `importance`. A weight is (out, in). L is the number of layers. The *peers* of a matrix are the
-same matrix in each of the L layers.
+I `importance`. A weight is (out, in). The *peers* of a matrix are the same in each of L layers.
 
 A method is a class with the functions of `Dense`. train.py calls them and knows no formula.
 Step t is: forward with the masks of `update(t)`, backward, `penalise(t)`, clip, `observe(t)`,
@@ -24,54 +22,30 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tools.selection import as_one, top_k_masks, widest
+from support.matrices import as_one, by_shape, encoder_linears, encoder_matrices
+from support.matrices import lay_side_by_side, widest
+from support.patterns import check_density, keep_pattern
+from support.schedules import cubic_at
+from support.selection import top_k_masks
 
-# -------------------------------------------------------------------------------------------------
-# the schedule
-
-
-def cubic_at(step, first, last, start, end, power=3):
-    """Return `first` until step `start`, `last` from step `end`, and a cubic curve between them.
-
-    With `power` 1 the curve is a line.
-
-    1.0 |***
-        |   *
-        |     **
-      v |        *********
-        +--+-----+-------+
-        0  start end     T
-
-    It is the density of the methods that have one (1 to v), soft movement's tau (0 to 0.1), and
-    SMP's lambda (0 to 400).
-    """
-    if step <= start:
-        return first
-    if step >= end:
-        return last
-    left = 1 - (step - start) / (end - start)
-    return last + (first - last) * left**power
-
-
-# -------------------------------------------------------------------------------------------------
-# the masked layer
+# ---------- the masked layer ----------------------------------------------------------------------
 
 
 class StraightThrough(torch.autograd.Function):
     """W' = W * M, where the gradient treats dM/dS as 1.
 
     dL/dW = dL/dW' * M, and dL/dS = dL/dW' * W. The scores of pruned weights keep moving.
-
-    W' has the type of autocast, in which the layer multiplies. Both gradients are float32. `out`
-    makes each of them in one pass.
+    W' has the type of autocast, in which the layer multiplies. Both gradients are float32.
     """
 
     @staticmethod
     def forward(ctx, scores, weight, mask):  # `scores` is here to get a gradient; it may be None
         ctx.save_for_backward(weight, mask)
-        kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        # four times as fast as torch.where on a CPU
+        device = weight.device.type
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        # in one pass; four times as fast as torch.where on a CPU
         return torch.mul(weight, mask, out=torch.empty_like(weight, dtype=dtype))
 
     @staticmethod
@@ -85,9 +59,9 @@ class StraightThrough(torch.autograd.Function):
 
 
 class MaskedLinear(nn.Linear):
-    """A linear layer that multiplies by weight * mask, both (out, in).
+    """A linear layer that multiplies by weight * mask, both (out, in). The mask starts at ones.
 
-    The scores start at `initial`; with `initial=None` there are none. The mask starts at all ones.
+    The scores start at `initial`; with `initial=None` there are none.
     """
 
     def __init__(self, linear, initial=0.0):
@@ -109,15 +83,29 @@ class MaskedLinear(nn.Linear):
         return F.linear(x, self.masked_weight(), self.bias)  # (..., in) -> (..., out)
 
 
-# -------------------------------------------------------------------------------------------------
-# SMP: the mask function, the shares of SMP-S, the regulariser
+def mask_matrices(model, Layer=MaskedLinear, initial=0.0):
+    """Put a masked layer in place of every matrix; return {letter: [L masked layers]}."""
+    masked = encoder_matrices(model)
+    for letter, peers in masked.items():
+        for i, linear in enumerate(peers):
+            assert type(linear) is nn.Linear, f"{letter} of layer {i} is masked twice"
+            peers[i] = Layer(linear, initial)
+            model.layers[i].set_submodule(model.matrices[letter], peers[i])
+    return masked
+
+
+def masked_linears(model):
+    """Return {name: MaskedLinear} of a model's masked layers."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, MaskedLinear)}
+
+
+# ---------- SMP: the mask function, the shares of SMP-S, the regulariser --------------------------
 
 
 def keep_largest(linears, values, counts):
     """Make the masks of L `linears`: M is 1 for the `counts[l]` largest of `values[l]`, else 0.
 
-    `values` is (L, out, in) and `counts` (L). The result is that of `top_k_masks`: whether a mask
-    may be wrong.
+    `values` is (L, out, in) and `counts` (L). Return whether a mask may be wrong: `top_k_masks`.
     """
     masks, wrong = top_k_masks(values, counts)
     for linear, mask in zip(linears, masks):
@@ -147,8 +135,7 @@ def add_penalty(linears, strength, shift=0.0, sigmoids=()):
     """Add the gradient of strength * R to that of the scores; return R.
 
     R = mean over matrices of mean(s), s = sigmoid(S - shift) (released code; papers: sums).
-    dR/dS = s (1 - s) / (numel * matrices). `strength` is a number or a 0-dim tensor. `sigmoids` are
-    the s of `by_shape(linears)`, if they are known.
+    dR/dS = s (1 - s) / (numel * matrices). `sigmoids` are the s of `by_shape(linears)`, if known.
     """
     means = []
     strength = torch.ones((), device=linears[0].scores.device) * strength
@@ -164,14 +151,14 @@ def add_penalty(linears, strength, shift=0.0, sigmoids=()):
     return torch.cat(means).mean()
 
 
-# -------------------------------------------------------------------------------------------------
-# methods: what all have, what those with masks have, and SMP
+# ---------- methods -------------------------------------------------------------------------------
 
 
 class Dense:
     """Plain fine-tuning of every weight, and the functions that train.py calls of every method."""
 
-    recipe = "dense"  # the row of train.py's RECIPES
+    recipe = "dense"  # the name of its published settings in support/recipes.py
+    uses = ()  # the settings that only some methods use; others are refused
     output_head = "classifier"  # or "words": the label words, without a new weight
     top_k = False  # the density alone tells how many weights stay; then patterns are possible, too
     masks = False  # weights that are not kept are remembered, and can come back
@@ -192,20 +179,14 @@ class Dense:
     def groups(self):
         """Return the parameter groups for the optimizer.
 
-        Biases and LayerNorms (Devlin et al., released code) and scores (SMP and movement pruning,
-        released code) have no weight decay.
+        By the released code of each, biases, LayerNorms and scores have no weight decay.
         """
         s = self.settings
-        matrices = []
-        vectors = []
-        scores = []
-        for name, p in self.model.named_parameters():
-            if name.endswith(".scores"):
-                scores.append(p)
-            elif p.requires_grad and p.dim() > 1:
-                matrices.append(p)
-            elif p.requires_grad:
-                vectors.append(p)
+        named = list(self.model.named_parameters())
+        scores = [p for name, p in named if name.endswith(".scores")]
+        others = [p for name, p in named if p.requires_grad and not name.endswith(".scores")]
+        matrices = [p for p in others if p.dim() > 1]
+        vectors = [p for p in others if p.dim() <= 1]
         groups = [
             {"params": matrices, "lr": s.lr, "weight_decay": s.weight_decay},
             {"params": vectors, "lr": s.lr, "weight_decay": 0.0},
@@ -213,7 +194,7 @@ class Dense:
         ]
         return [group for group in groups if group["params"]]
 
-    def hold(self, model):
+    def keep_zeros(self, model):
         """Let what is 0 in `model`, the run to start from, stay 0, if weights have no masks."""
 
     def update(self, step):
@@ -251,6 +232,7 @@ class Dense:
 class Masked(Dense):
     """A method with masks: a matrix keeps the int(v * numel) weights of largest `rank`."""
 
+    uses = ("density", "pattern", "hold", "ramp", "ramp_power")
     layer = MaskedLinear
     initial = 0.0  # value of the scores at the start; None: there are none
     top_k = True
@@ -265,19 +247,7 @@ class Masked(Dense):
         for linears in self.stacks:
             lay_side_by_side(linears)
         if self.top_k:
-            self.check_density()
-
-    def check_density(self):
-        """Raise ValueError if the density keeps no weight of a matrix, or no block of a pattern."""
-        density = self.settings.density
-        sizes = {"weights": min(linear.weight.numel() for linear in self.linears)}
-        if self.settings.pattern in TIED:
-            sizes["units"] = self.masked["U"][0].out_features
-        if self.settings.pattern == "head":
-            sizes["attention heads"] = self.model.num_heads
-        for name, size in sizes.items():
-            if density * size < 1:
-                raise ValueError(f"density {density} keeps 0 of {size} {name}: raise the density")
+            check_density(self)
 
     def settled(self, step):
         return step >= self.end
@@ -328,6 +298,7 @@ class SMPLocal(Masked):
     """SMP-L: the whole model is frozen, and only S is learned."""
 
     recipe = "smp"
+    uses = (*Masked.uses, "score_lr", "reg_lambda", "regression")
     output_head = "words"
     sigmoids = ()  # of the scores as they are, where `update` has made them
 
@@ -347,6 +318,8 @@ class SMPShared(SMPLocal):
     The share is proportional to r = mean(sigmoid(S / p)). p is in the released code only.
     """
 
+    uses = (*SMPLocal.uses, "temperature_s", "redistribute")
+
     @torch.no_grad()
     def shares(self, density):
         # In float32 the order of a sum, which depends on the threads, could change a count.
@@ -360,8 +333,7 @@ class SMPShared(SMPLocal):
         return share_out(r, density, self.settings.redistribute)
 
 
-# -------------------------------------------------------------------------------------------------
-# the movement family
+# ---------- the movement family -------------------------------------------------------------------
 
 
 class Movement(Masked):
@@ -371,6 +343,7 @@ class Movement(Masked):
     """
 
     recipe = "movement"
+    uses = (*Masked.uses, "score_lr")
 
     def freeze(self):
         self.model.embeddings.requires_grad_(False)  # Sanh et al., released code
@@ -380,6 +353,7 @@ class Magnitude(Movement):
     """MaP, magnitude pruning: each matrix keeps its largest |W|. Masked weights get no gradient."""
 
     recipe = "magnitude"
+    uses = Masked.uses
     initial = None
 
     def rank(self, linear):
@@ -394,6 +368,7 @@ class SoftMovement(Movement):
     """
 
     recipe = "soft-movement"
+    uses = ("density", "hold", "ramp", "ramp_power", "score_lr", "reg_lambda")
     threshold = 0.1  # the final tau
     shift = 0.0  # of the scores in R
     top_k = False
@@ -423,9 +398,8 @@ class SoftMovement(Movement):
     def steer(self, step, strength):
         """Return lambda: `strength` itself, or with a density asked for, a multiple of it.
 
-        The factor is sinh(40 e) with e = log(kept / asked for) at this step. It is between -74 and
-        74, which it reaches where the density is off by an eighth. Runs end within 3% of the
-        density asked for (measured).
+        The factor is sinh(40 e) with e = log(kept / asked for), between -74 and 74. Runs end within
+        3% of the density asked for (measured).
         """
         if self.settings.density is None:
             return strength
@@ -434,7 +408,7 @@ class SoftMovement(Movement):
 
 
 class HardConcreteLinear(MaskedLinear):
-    """The layer of L0: a gate in [0, 1] with a true gradient (Louizos et al. 2018; movement code).
+    """The layer of L0: a gate in [0, 1] with a true gradient (Louizos et al. 2018).
 
     s = sigmoid((log u - log(1 - u) + S) / b) in training, with u drawn from (0, 1)
     s = sigmoid(S) in evaluation
@@ -453,10 +427,9 @@ class HardConcreteLinear(MaskedLinear):
 
 
 class L0(SoftMovement):
-    """L0 regularisation with the hard concrete gate: M is not binary, and its gradient is true.
+    """L0 regularisation with the hard concrete gate. lambda is constant.
 
-    R = mean over matrices of mean(sigmoid(S - b log(0.1 / 1.1))): how probable it is that a gate
-    is not zero. lambda is constant.
+    R = mean over matrices of mean(sigmoid(S - b log(0.1 / 1.1))): P(a gate is not zero).
     """
 
     recipe = "l0"
@@ -476,8 +449,7 @@ class L0(SoftMovement):
             linear.mask.copy_(linear.gate() > 0)
 
 
-# -------------------------------------------------------------------------------------------------
-# no ranking
+# ---------- no masks: PINS and its relatives ------------------------------------------------------
 
 
 class Fixed(Dense):
@@ -488,11 +460,11 @@ class Fixed(Dense):
 
     def __init__(self, model, settings, total_steps):
         super().__init__(model, settings, total_steps)
-        self.weights = encoder_weights(model)
+        self.weights = [linear.weight for linear in encoder_linears(model)]
         self.zeros = ()  # the masks of what stays 0; none: nothing does
 
-    def hold(self, model):
-        self.zeros = [weight == 0 for weight in encoder_weights(model)]
+    def keep_zeros(self, model):
+        self.zeros = [linear.weight == 0 for linear in encoder_linears(model)]
 
     @torch.no_grad()
     def update(self, step):
@@ -500,12 +472,8 @@ class Fixed(Dense):
             weight.masked_fill_(mask, 0.0)
 
     def achieved(self):
-        kept = torch.stack([weight.count_nonzero() for weight in self.weights]).sum()
+        kept = sum(weight.count_nonzero() for weight in self.weights)
         return int(kept) / sum(weight.numel() for weight in self.weights)
-
-
-# -------------------------------------------------------------------------------------------------
-# PINS
 
 
 class Pins(Fixed):
@@ -523,18 +491,18 @@ class Pins(Fixed):
     """
 
     recipe = "pins"
+    uses = ("density", "hold", "ramp", "ramp_power", "pins_score", "pins_window", "beta1", "beta2")
     output_head = "classifier"
 
     def __init__(self, model, settings, total_steps):
         super().__init__(model, settings, total_steps)
         if not self.settled(total_steps) or total_steps <= settings.pins_window:
-            raise ValueError(
-                f"the ramp ends at step {self.end:g} of {total_steps}, and {self.recipe} ranks "
-                f"after it and after {settings.pins_window} steps: use more steps or a smaller ramp"
-            )
+            ends = f"the ramp ends at step {self.end:g} of {total_steps}"
+            ranks = f"{self.recipe} ranks after it and after {settings.pins_window} steps"
+            raise ValueError(f"{ends}, and {ranks}: use more steps or a smaller ramp")
         self.sizes = [weight.numel() for weight in self.weights]
-        # Flat, over all matrices: the sum of I in the present window, the moving average of these
-        # windows' means, and the moving average of how far they lie from it (the uncertainty).
+        # Flat, over all matrices: the sum of I in the present window, the moving average of the
+        # windows' means, and that of how far they lie from it (the uncertainty).
         zeros = torch.zeros(3, sum(self.sizes), device=self.weights[0].device)
         self.sums, self.ema, self.unc = zeros  # the three rows
         self.mask = None  # flat: what is kept; None: nothing is to be zeroed after this step
@@ -601,6 +569,7 @@ class Platon(Pins):
     """PLATON: I = |theta g|, the change of the loss if a weight were zero; averages as PINS."""
 
     recipe = "platon"
+    uses = ("density", "hold", "ramp", "ramp_power", "pins_window", "beta1", "beta2")
 
     def factor(self, weight, grad, lr):
         return torch.copysign(weight, grad)
@@ -610,6 +579,7 @@ class Sensitivity(Platon):
     """|theta g| alone: the mean over the last whole window (beta1 is 0), without uncertainty."""
 
     recipe = "sensitivity"
+    uses = ("density", "hold", "ramp", "ramp_power", "pins_window", "beta1")
 
     def importance(self):
         return self.ema
@@ -628,188 +598,3 @@ CRITERIA = {
     "pins": Pins,
 }
 METHODS = CRITERIA | {"fixed": Fixed}
-
-
-# -------------------------------------------------------------------------------------------------
-# teachers
-
-
-def distill(task_loss, student, teacher):
-    """Return 0.5 * task + 0.5 * T^2 * KL(p_teacher || p_student) of each decision, with T = 2.
-
-    `student` and `teacher` are logits (..., C) of decisions among C choices, and `task_loss` is
-    (...). SMP's released code does this. Its paper has KL(p_student || p_teacher).
-    """
-    log_student = F.log_softmax(student / 2, dim=-1)
-    p_teacher = F.softmax(teacher / 2, dim=-1)
-    kl = F.kl_div(log_student, p_teacher, reduction="none").sum(-1)  # (..., C) -> (...)
-    return 0.5 * task_loss + 0.5 * 2**2 * kl
-
-
-def self_distill(task_loss, student, teacher, most_entropy=None):
-    """Return PINS's self-regularised loss of each decision; the arguments are as in `distill`.
-
-    (1 - a) * task + a * T^2 * CE(p_teacher, p_student at T), with T = 2 (PINS, released code).
-    a = 1 - H(p_student) / log K is the student's own confidence, at temperature 1 and without
-    gradient. K is the number of choices that a decision allows, and `most_entropy` is log K, a
-    number or one per decision; None: all C are allowed.
-    """
-    if most_entropy is None:
-        most_entropy = math.log(student.size(-1))
-    p = F.softmax(student.detach(), dim=-1)
-    entropy = torch.special.entr(p).sum(-1)  # (..., C) -> (...)
-    a = 1 - entropy / most_entropy
-    p_teacher = F.softmax(teacher / 2, dim=-1)
-    ce = -(p_teacher * F.log_softmax(student / 2, dim=-1)).sum(-1)
-    return (1 - a) * task_loss + a * 2**2 * ce
-
-
-# -------------------------------------------------------------------------------------------------
-# the matrices of a model
-#
-# A model offers `layers`, and `matrices` {letter: name in a layer}. See the end of class Bert.
-
-
-def encoder_matrices(model):
-    """Return {letter: [the linear layer of that matrix in each of the L layers]}."""
-    return {
-        letter: [layer.get_submodule(name) for layer in model.layers]
-        for letter, name in model.matrices.items()
-    }
-
-
-def encoder_weights(model):
-    """Return the weights of all matrices in one list, letter by letter."""
-    return [linear.weight for peers in encoder_matrices(model).values() for linear in peers]
-
-
-def mask_matrices(model, kind=MaskedLinear, initial=0.0):
-    """Put a masked layer in place of every matrix; return {letter: [L masked layers]}."""
-    masked = encoder_matrices(model)
-    for letter, peers in masked.items():
-        for i, linear in enumerate(peers):
-            assert type(linear) is nn.Linear, f"{letter} of layer {i} is masked twice"
-            peers[i] = kind(linear, initial)
-            model.layers[i].set_submodule(model.matrices[letter], peers[i])
-    return masked
-
-
-def by_shape(linears):
-    """Return lists of masked layers that follow each other and have one shape.
-
-    What is done to all matrices of a list at once costs one kernel, not one for each.
-    """
-    groups = itertools.groupby(linears, key=lambda linear: linear.weight.shape)
-    return [list(group) for _, group in groups]
-
-
-def lay_side_by_side(linears):
-    """Move the scores of L masked layers of one shape into one tensor (L, out, in)."""
-    if linears[0].scores is None:
-        return
-    together = torch.stack([linear.scores.detach() for linear in linears])
-    for linear, scores in zip(linears, together):
-        linear.scores.data = scores
-
-
-def masked_linears(model):
-    """Return {name: MaskedLinear} of a model's masked layers."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, MaskedLinear)}
-
-
-@torch.no_grad()
-def baked_state(model):
-    """Return the state dict with the masks applied, without scores: what any BERT can load."""
-    state = model.state_dict()
-    training = model.training
-    model.eval()
-    for name, module in masked_linears(model).items():
-        state[f"{name}.weight"] = module.masked_weight() + 0.0  # -0.0 becomes 0.0
-        state.pop(f"{name}.scores", None)
-    model.train(training)
-    return state
-
-
-# -------------------------------------------------------------------------------------------------
-# patterns: what is kept or dropped as one block
-
-# A block is a row of every letter but the last, with the same column of the last letter.
-TIED = {"unit": ("UD",), "head": ("QKVO", "UD")}
-
-
-def n_of_m(pattern):
-    """Return (n, m) of the pattern "n:m", and (0, 1) of any other."""
-    n, _, m = pattern.partition(":")
-    return (int(n), int(m)) if m else (0, 1)
-
-
-def keep_pattern(method, density):
-    """Make the masks of a `Masked` method whose pattern is n:m, "unit" or "head"."""
-    pattern = method.settings.pattern
-    n, m = n_of_m(pattern)
-    if n:
-        for linear in method.linears:
-            linear.mask.copy_(n_of_m_mask(method.rank(linear), density, m))
-        return
-    shares = dict(zip(method.masked, method.shares(density)))  # {letter: densities (L)}
-    for letters in TIED[pattern]:
-        keep_blocks(method, letters, torch.stack([shares.pop(letter) for letter in letters]))
-    for letter, alone in shares.items():
-        method.keep_weights(method.masked[letter], alone)
-
-
-def keep_blocks(method, letters, shares):
-    """Mask the matrices of tied letters by blocks: the blocks of the largest mean score stay.
-
-    `shares` is (letters, L); a layer gets the mean of its letters.
-    """
-    layers = list(zip(*[method.masked[letter] for letter in letters]))
-    count = method.model.num_heads if "Q" in letters else layers[0][0].out_features  # blocks
-    values = [block_values([method.rank(linear) for linear in layer], count) for layer in layers]
-    masks, _ = top_k_masks(torch.stack(values), count * shares.mean(0))
-    for layer, mask in zip(layers, masks):
-        for part in by_blocks([linear.mask for linear in layer], count):
-            part.copy_(mask[:, None, None])  # (count,) -> (count, rows of a block, columns)
-
-
-def by_blocks(matrices, count):
-    """Return views (count, rows of a block, columns) of matrices that are tied, the last turned."""
-    turned = [*matrices[:-1], matrices[-1].T]
-    return [matrix.unflatten(0, (count, -1)) for matrix in turned]
-
-
-def block_values(scores, count):
-    """Return the mean score of each of `count` blocks, (count,), in float64 (see SMPShared)."""
-    wide = [s.to(widest(s)) for s in scores]
-    size = sum(s.numel() for s in scores) / count
-    return (sum(part.sum((1, 2)) for part in by_blocks(wide, count)) / size).float()
-
-
-def n_of_m_mask(scores, density, m):
-    """Return (out, in) bool: of every m neighbours in a row the density * m largest stay.
-
-    Among equals the first stay. Where density * m is not whole, the groups whose next score is
-    largest keep one more, so that the density is exact.
-    """
-    values = scores.detach().unflatten(1, (-1, m))  # (out, in) -> (out, in / m, m)
-    rank = ranks_in_groups(values)
-    n = math.floor(density * m + 1e-9)
-    mask = rank < n
-    missing = int(density * scores.numel()) - n * values[..., 0].numel()
-    if missing > 0:
-        following = torch.where(rank == n, values, 0.0).sum(2)  # (out, in / m)
-        count = torch.full((1,), missing, device=scores.device)
-        (chosen,), _ = top_k_masks(following.view(1, -1), count)  # a sort: never wrong
-        mask |= (rank == n) & chosen.view_as(following)[..., None]
-    return mask.flatten(1)  # (out, in / m, m) -> (out, in)
-
-
-def ranks_in_groups(values):
-    """Return how many values of its group beat each value (..., m); of equals the first wins."""
-    ranks = torch.zeros_like(values, dtype=torch.int8)
-    for i in range(values.size(-1)):  # all pairs: for small m faster than to sort
-        for j in range(i):
-            later_wins = values[..., i] > values[..., j]
-            ranks[..., j] += later_wins
-            ranks[..., i] += ~later_wins
-    return ranks

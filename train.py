@@ -12,54 +12,44 @@ Where the help of a flag says "recipe", the method and the task determine the va
 prints the settings that differ from the defaults, and stops.
 """
 
-import signal
-import sys
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program at once
-    print("loading torch", file=sys.stderr)  # this takes a second or two
+from support.terminal import UserError, program, show, tell  # first: torch takes a second or two
 
 import contextlib
-import hashlib
 import json
 import math
 import os
-import re
 import shlex
+import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save as to_safetensors
 from torch.nn.parallel import DistributedDataParallel
 
-from data import batches, collate, get_task, load_dataset, load_tokenizer, micro_batches, word_ids
-from eval import Teacher, described, evaluate, load_dev, load_run, show, warn_of_density
-from model import HEADS, decisions, inputs, load_model, model_sha256, read_config, save_model, send
-from model import task_loss
-from prune import METHODS, TIED, baked_state, n_of_m
-from tools.common import DEVICES, Log, UserError, as_flag, atomic_write, autocast, claimed
-from tools.common import from_rank_0, join_processes, live, number, parse_safetensors
-from tools.common import parse_settings, peak_memory, pick_dtype, program, read_json
-from tools.common import read_safetensors, require, save_tensors, show_settings, surroundings, tell
-from tools.common import write_json
-from tools.fetch import find_model
+from data import batches, get_task, kind_of, load_dataset, load_dev, micro_batches
+from eval import evaluate, warn_of_density
+from models.checkpoint import load_model, read_config
+from models.resume import Progress, load_progress, save_progress
+from models.runs import begin_from, describe, describe_result, read_origin, read_run_config
+from models.runs import write_model, write_scores
+from models.teacher import Teacher
+from models.tokenizer import label_word_ids, load_tokenizer
+from prune import METHODS
+from support.fetch import find_model
+from support.files import Log, claimed, read_json, write_json
+from support.machine import DEVICES, DTYPES, from_rank_0, join_processes, pick_dtype
+from support.patterns import check_pattern, n_of_m
+from support.recipes import recipe
+from support.schedules import lr_at
+from support.terminal import BELOW_ONE, COUNT, COUNT_OR_OFF, POSITIVE, POSITIVE_SHARE, RATE
+from support.terminal import as_flag, live, number, parse_settings, show_settings, signals_noted
 
-# -------------------------------------------------------------------------------------------------
-# settings
+# ---------- settings ------------------------------------------------------------------------------
 
-
-COUNT = number(int, "[1, inf)")
-COUNT_OR_OFF = number(int, "[0, inf)")
-RATE = number(float, "[0, inf)")
-POSITIVE = number(float, "(0, inf)")
-POSITIVE_SHARE = number(float, "(0, 1]")
-BELOW_ONE = number(float, "[0, 1)")
 PINS_SCORES = ("absolute", "signed")
 REGRESSIONS = ("interpolate", "logit")
-DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
 @dataclass
@@ -67,7 +57,7 @@ class Settings:
     """Everything a run depends on.
 
     Each field is a flag. Its annotation is what `parse` gives to argparse, a parser of the text or
-    the choices. Its comment is the help of the flag. "recipe": see the function `recipe`.
+    the choices. Its comment is the help of the flag. "recipe": see support/recipes.py.
     """
 
     model: str = "demo"  # demo, a folder in Hugging Face's layout, or a Hugging Face id
@@ -116,224 +106,69 @@ class Settings:
     dtype: DTYPES = None  # autocast; recipe auto: bf16 where the device computes in it; demo fp32
 
 
-# The published recipes. RECIPES has a row for the recipe that a method's class names, "dense". It
-# has rows for what differs on a kind of task, "kind span", for one recipe on it, "dense kind span",
-# and for one task, "dense mrpc". A fraction of the run is the published number of steps over the
-# steps of the run it is from.
-
-COMMON = {
-    "max_length": 128,
-    "dropout": 0.1,
-    "lr": 3e-5,
-    "weight_decay": 0.0,
-    "warmup": 0.0,
-    "density": 0.1,
-    "hold": 0.0,
-    "ramp": 1.0,
-    "ramp_power": 3,
-    "score_lr": 0.0,
-    "reg_lambda": 0.0,
-    "temperature_s": 1.0,
-    "beta1": 0.85,
-    "beta2": 0.99,
-    "teacher": "none",
-    "dtype": "auto",
-}
-DENSE = COMMON | {
-    "epochs": 3,
-    "batch_size": 32,
-    "density": 1.0,
-    "warmup": 0.1,
-    "weight_decay": 0.01,
-    "source": "Devlin et al. 2019, A.2 and A.3",
-}
-SMP = COMMON | {
-    "epochs": 60,
-    "batch_size": 32,
-    "score_lr": 2e-2,
-    "reg_lambda": 400.0,
-    "source": "SMP, released run scripts",
-}
-# Movement pruning on SQuAD: 10 epochs of 5,540 steps; 5,400 of warm-up, the last 10,800 settled.
-MOVEMENT = COMMON | {
-    "epochs": 10,
-    "batch_size": 16,
-    "warmup": 0.0975,
-    "hold": 0.0975,
-    "ramp": 0.7075,
-    "source": "movement pruning on SQuAD",
-}
-# PINS on RTE: 20 epochs of 156 steps; 200 steps of warm-up, the last 1,200 settled.
-PINS = COMMON | {
-    "epochs": 20,
-    "batch_size": 16,
-    "density": 0.2,
-    "warmup": 0.064,
-    "hold": 0.064,
-    "ramp": 0.551,
-    "source": "PINS on RTE",
-}
-# PLATON on SQuAD: 10 epochs of 5,533 steps; 5,400 of warm-up, the last 27,000 settled.
-PINS_SPAN = {
-    "epochs": 10,
-    "density": 0.1,
-    "warmup": 0.0976,
-    "hold": 0.0976,
-    "ramp": 0.414,
-    "beta2": 0.95,
-    "source": "PLATON on SQuAD; PINS has published none",
-}
-
-LARGE = {"epochs": 12, "batch_size": 64}
-SMALL = {"epochs": 5, "source": "Devlin et al. 2019; epochs of transformers' GLUE examples"}
-# The demo has short sentences, and a model pretrained without dropout, too small to gain by bf16.
-DEMO = {"max_length": 32, "dropout": 0.0, "dtype": "fp32", "lr": 5e-4, "source": "the demo"}
-DEMO_PRUNED = DEMO | {"epochs": 10, "batch_size": 64}
-
-RECIPES = {
-    "dense": DENSE,
-    "smp": SMP,
-    "magnitude": MOVEMENT,
-    "movement": MOVEMENT | {"score_lr": 1e-2},
-    "soft-movement": MOVEMENT | {"score_lr": 1e-2, "reg_lambda": 400.0, "density": None},
-    "l0": MOVEMENT | {"score_lr": 1e-1, "reg_lambda": 125.0, "density": None},
-    "pins": PINS | {"teacher": "self"},
-    "platon": PINS,
-    "sensitivity": PINS | {"beta1": 0.0},
-    "fixed": DENSE | {"density": None},
-}
-RECIPES |= {f"{name} demo": DEMO_PRUNED for name in RECIPES}
-RECIPES |= {
-    "kind span": {"max_length": 384},
-    "kind tag": {"max_length": 256},
-    "dense kind span": {"lr": 5e-5, "source": "Devlin et al. 2019, 4.2"},
-    "dense kind tag": {"lr": 5e-5, "batch_size": 8, "source": "transformers' example run_ner"},
-    "dense mrpc": SMALL,
-    "dense rte": SMALL,
-    "dense wnli": SMALL,
-    "dense demo": DEMO,
-    "smp kind span": {"epochs": 10, "source": "SMP on SQuAD, released run script"},
-    "smp on roberta": {"ramp_power": 1},  # by the name of the model, as in the released script
-    "smp kind tag": {"epochs": 20, "source": "our choice; SMP has no tagging"},
-    "smp mnli": LARGE,
-    "smp qnli": LARGE,
-    "smp qqp": LARGE,
-    "smp sst2": LARGE,
-    "smp rte": {"epochs": 100},
-    "smp demo": DEMO_PRUNED | {"lr": 3e-5, "reg_lambda": 200.0},
-    "pins kind span": PINS_SPAN,
-    "platon kind span": PINS_SPAN,
-    "sensitivity kind span": PINS_SPAN,
-}
-# What differs up to a density (SMP, released code). N / T on MNLI: 43,632, 5,250 and 3,500 of
-# 73,632 steps; on SQuAD 22,650 of 55,340, then 22,670 and 5,000 of 27,670.
-UP_TO_DENSITY = {
-    "smp": ((0.5, {"ramp": 0.593}), (0.7, {"ramp": 0.071}), (1.0, {"ramp": 0.048})),
-    "smp kind span": (
-        (0.03, {"ramp": 0.409, "epochs": 20}),
-        (0.5, {"ramp": 0.819}),
-        (1.0, {"ramp": 0.181}),
-    ),
-}
-# ... and at density 0.5 without a teacher
-HALF_UNTAUGHT = {
-    "smp mnli": {"temperature_s": 3.0},
-    "smp kind span": {"temperature_s": 4.0, "ramp": 0.181},
-}
+SETTINGS_OF_METHODS = {name for Method in METHODS.values() for name in Method.uses}
 
 
-def recipe(s):
-    """Return the published value of each setting left open, for this method, task and density.
-
-    Its "source" says where they are from.
-    """
-    name = METHODS[s.method].recipe
+def recipe_of(s):
+    """Return the published values for these settings; see `recipe`."""
     kind = get_task(s.task, s.task_file).kind
-    family = "roberta" if "roberta" in s.model.lower() else "bert"
-    of_kind = f"{name} kind {kind}"
-    rows = (name, f"kind {kind}", of_kind, f"{name} on {family}", f"{name} {s.task}")
-    values = {}
-    for row in rows:
-        values |= RECIPES.get(row, {})
-    density = s.density or values["density"] or 1.0
-    if density >= 0.7:
-        values["temperature_s"] = 4.0  # p (SMP, released code)
-    for most, more in UP_TO_DENSITY.get(of_kind, UP_TO_DENSITY.get(name, ())):
-        if density <= most:
-            values |= more
-            break
-    if density == 0.5 and s.teacher in (None, "none"):
-        for row in rows:
-            values |= HALF_UNTAUGHT.get(row, {})
-    return values
+    taught = s.teacher not in (None, "none")
+    return recipe(METHODS[s.method].recipe, kind, s.task, s.model, s.density, taught)
 
 
 def settings_from(given):
     """Return Settings with the recipe filled in; UserError names the flags that contradict."""
     s = Settings(**given)
-    s.task = get_task(given.get("task"), s.task_file).name
+    s.task = get_task(s.task if "task" in given else None, s.task_file).name
+    check_model_and_task(s, given)
     for one, other in (("epochs", "max_steps"), ("batch_size", "max_tokens")):
-        both = given.get(one) and given.get(other)
-        require(not both, f"{as_flag(one)} and {as_flag(other)}: give one of them")
+        if given.get(one) and given.get(other):
+            raise UserError(f"{as_flag(one)} and {as_flag(other)}: give one of them")
         if getattr(s, other):
             setattr(s, one, 0)  # unused
-    scored = recipe(s)["score_lr"] or not s.score_lr
-    require(scored, f"--score-lr {s.score_lr}: {s.method} has no scores")
-    whole = s.method != "dense" or s.density in (None, 1.0)
-    require(whole, f"--density {s.density}: dense keeps every weight; choose another --method")
-    if s.pattern != "weight":
-        check_pattern(s)
-    for name, value in recipe(s).items():
+    check_use(s, given)
+    s.density = check_pattern(s.pattern, s.density)
+    for name, value in recipe_of(s).items():
         if getattr(s, name, "no setting") is None:
             setattr(s, name, value)
-    taught_by_itself = s.teacher == "self" or s.teacher.startswith("self:")
-    used = s.teacher_split == 0 or taught_by_itself
-    require(used, f"--teacher-split {s.teacher_split}: only --teacher self is chosen on that part")
+    if s.teacher_split and s.teacher.split(":")[0] != "self":
+        only = "only --teacher self is chosen on that part"
+        raise UserError(f"--teacher-split {s.teacher_split}: {only}")
+    if s.hold + s.ramp > 1:
+        raise UserError(f"--hold {s.hold} --ramp {s.ramp}: expected a sum of at most 1")
     if s.out is None:
         s.out = default_out(s)
-    require(s.hold + s.ramp <= 1, f"--hold {s.hold} --ramp {s.ramp}: expected a sum of at most 1")
     return s
 
 
-def check_pattern(s):
-    """Raise UserError if the method or density does not fit the pattern; n:m sets the density."""
-    able = METHODS[s.method].top_k
-    require(able, f"--pattern {s.pattern}: {s.method} ranks single weights; use smp or movement")
-    if s.pattern in TIED:
-        return
-    n, m = n_of_m(s.pattern) if re.fullmatch(r"\d{1,2}:\d{1,2}", s.pattern) else (0, 0)
-    expected = f"expected weight, {', '.join(TIED)} or n:m with 0 < n < m, as 2:4"
-    require(0 < n < m, f"--pattern {s.pattern}: {expected}")
-    fits = s.density in (None, n / m)
-    require(fits, f"--density {s.density}: --pattern {s.pattern} keeps {n / m:g}")
-    s.density = n / m
+def check_model_and_task(s, given):
+    """Raise UserError where a model would read the demo's invented language, or the demo another.
+
+    All would be unknown tokens. A task file may be in the demo's language.
+    """
+    if s.model != "demo" and not (given.get("task") or s.task_file):
+        raise UserError(f"--model {s.model}: give --task or --task-file, too")
+    if s.model == "demo" and s.task != "demo" and not s.task_file:
+        only = "the demo's model knows the demo's language alone"
+        raise UserError(f"--task {s.task}: {only}; give --model, too")
+
+
+def check_use(s, given):
+    """Raise UserError for a setting that the method would ignore, unless it changes nothing."""
+    usual = recipe_of(s)
+    for name in given.keys() & SETTINGS_OF_METHODS - set(METHODS[s.method].uses):
+        value = given[name]
+        if value not in (usual.get(name), getattr(Settings, name)):
+            raise UserError(f"{as_flag(name)} {value}: {s.method} does not use it")
 
 
 def default_out(s):
     kept = f"lambda{s.reg_lambda:g}" if s.density is None else f"{s.density:g}"
-    if s.pattern != "weight":
-        kept += "-" + s.pattern.replace(":", "of")
+    kept += "" if s.pattern == "weight" else "-" + s.pattern.replace(":", "of")
     return f"runs/{s.task}-{s.method}-{kept}-s{s.seed}"
 
 
-# -------------------------------------------------------------------------------------------------
-# set-up
-
-
-@dataclass
-class Progress:
-    """What a run remembers besides tensors; a checkpoint holds it as JSON."""
-
-    step: int = 0  # optimizer steps done
-    metrics: dict = None  # of the last evaluation
-    best: dict = None  # metrics and step of the best evaluation at the final density
-    teacher: float = None  # the metric of the present teacher, which a new one must exceed
-    teacher_file: str = None  # the file of its table; None: not written yet
-    seconds: float = 0.0  # in all
-    eval_seconds: float = 0.0  # of these, in evaluations
-    loss_sum: float = 0.0  # since the last log line
-    loss_steps: int = 0  # in this sum
-    scaler: dict = None  # the state of fp16's GradScaler
+# ---------- set-up --------------------------------------------------------------------------------
 
 
 class Run:
@@ -352,14 +187,51 @@ class Run:
         waits = int(os.environ.get("LOCAL_RANK", 0)) > 0
         if waits:
             dist.barrier()
-        os.makedirs(s.data_dir, exist_ok=True)
         self.task = get_task(s.task, s.task_file)
-        self.source = find_model(s.model)
-        self.prepare_model(s)
-        self.prepare_data(s)
+        self.kind = kind_of(self.task)
+        self.load_model(s)
+        self.load_data(s)
         if self.world > 1 and not waits:
             dist.barrier()
+        self.make_method(s)
+        self.begin(s)
 
+    def load_model(self, s):
+        """Load the tokenizer and the model; check the settings that depend on its sizes."""
+        self.source = find_model(s.model)
+        _, config = read_config(self.source)
+        check_sizes(s, config)
+        self.tokenizer = load_tokenizer(self.source, config.vocab_size)
+        self.origin = read_origin(s, self.source) if s.from_run else None
+        head = METHODS[s.method].output_head
+        if head is None:
+            if self.origin is None:
+                raise UserError(f"--method {s.method}: needs a run to start from; give --from RUN")
+            head = self.origin[0].output_head
+        self.words = []
+        if head == "words":
+            by_logit = s.regression == "logit"
+            self.words = label_word_ids(self.tokenizer, self.task, s.method, by_logit)
+        sizes = (len(self.task.labels) or 1, self.words)
+        form = self.kind.form
+        self.model = load_model(self.source, head, *sizes, s.seed, s.dropout, form=form)
+        if head == "words" and not hasattr(self.model, "cls"):
+            tell(f"{s.model} has no MLM head: the logit of a class is h . e(word)")
+
+    def load_data(self, s):
+        """Load the splits and count the steps."""
+        os.makedirs(s.data_dir, exist_ok=True)
+        self.train_set = load_dataset(self.task, "train", self.tokenizer, s.max_length, s.data_dir)
+        self.dev_sets = load_dev(self.task, self.tokenizer, s.max_length, s.data_dir)
+        self.held_out = {}  # part of train to choose the teacher on
+        if s.teacher_split:
+            self.train_set, self.held_out[""] = self.train_set.split(s.teacher_split, s.seed)
+        self.steps_per_epoch = len(self.batches_of(0))
+        self.examples_per_step = len(self.train_set) / self.steps_per_epoch
+        self.total_steps = s.max_steps or s.epochs * self.steps_per_epoch
+
+    def make_method(self, s):
+        """Make the method, the optimizer and, for several processes, their common model."""
         try:
             self.method = METHODS[s.method](self.model.to(self.device), s, self.total_steps)
         except ValueError as error:
@@ -373,25 +245,23 @@ class Run:
         # deprecated since torch 2.13. Without DistributedDataParallel nothing reads the attribute.
         self.net.broadcast_buffers = False
 
+    def begin(self, s):
+        """Go on from the run's checkpoint or, without one, from its first step."""
         self.progress = Progress()
         self.teacher = Teacher(s.teacher)
         path = self.out / "checkpoint.safetensors"
         saved = path.read_bytes() if s.resume and self.rank == 0 and path.exists() else b""
         saved = from_rank_0(saved, self.rank, self.world)
         if saved:
-            load_checkpoint(self, saved, path)
+            load_progress(self, saved, path)
             tell(f"resumed {self.out} at step {self.progress.step}")
-        elif s.from_run:
-            begin_from(self)
-        if self.teacher.dense_run and not saved:
-            self.teacher.load(self)
-        if s.from_run:
+            self.log.cut(self.progress.step)
+        else:
+            self.begin_anew()
+        if self.origin:
             self.method.first = read_json(Path(s.from_run, "result.json"))["achieved_density"]
-            self.method.hold(self.origin[0].to(self.device))
-            del self.origin  # a second model
-        if self.progress.step == 0 and self.rank == 0:
-            write_json(self.out / "config.json", describe(self))
-        self.log.cut(self.progress.step if saved else -1)
+            self.method.keep_zeros(self.origin[0].to(self.device))
+            self.origin = None  # a second model
         self.method.update(self.progress.step)
         if not saved:
             self.log.row(step=0, density=self.method.achieved())
@@ -401,47 +271,15 @@ class Run:
         self.norm = 0.0  # of the last gradient
         self.started = time.perf_counter() - self.progress.seconds
 
-    def prepare_model(self, s):
-        """Load the tokenizer and the model; check the settings that depend on its sizes."""
-        config = read_config(self.source)
-        most = config.positions
-        require(
-            s.max_length <= most, f"--max-length {s.max_length}: {s.model} has {most} positions"
-        )
-        _, m = n_of_m(s.pattern)
-        fits = config.hidden_size % m == config.intermediate_size % m == 0
-        widths = f"{config.hidden_size} and {config.intermediate_size}"
-        require(fits, f"--pattern {s.pattern}: {s.model} is {widths} wide")
-        self.tokenizer = load_tokenizer(self.source, config.vocab_size)
-        head = METHODS[s.method].output_head
-        if s.from_run:
-            self.origin = read_origin(s, self.source)
-            head = head or self.origin[0].output_head
-        require(head, f"--method {s.method}: needs a run to start from; give --from RUN")
-        self.words = []
-        if head == "words":
-            by_logit = self.task.regression and s.regression == "logit"
-            label_words = self.task.words[1:] if by_logit else self.task.words
-            given = f'give "words" in the task file; {s.method} needs one for each label'
-            require(label_words, f"task {self.task.name} has no label words: {given}")
-            self.words = word_ids(self.tokenizer, label_words)
-        outputs = len(self.task.labels) or 1
-        self.model = load_model(
-            self.source, head, outputs, self.words, s.seed, s.dropout, kind=self.task.kind
-        )
-        if head == "words" and not hasattr(self.model, "cls"):
-            tell(f"{s.model} has no MLM head: the logit of a class is h . e(word)")
-
-    def prepare_data(self, s):
-        """Load the splits and count the steps."""
-        self.train_set = load_dataset(self.task, "train", self.tokenizer, s.max_length, s.data_dir)
-        self.dev_sets = load_dev(self.task, self.tokenizer, s.max_length, s.data_dir)
-        self.held_out = {}  # part of train to choose the teacher on
-        if s.teacher_split:
-            self.train_set, self.held_out[""] = self.train_set.split(s.teacher_split, s.seed)
-        self.steps_per_epoch = len(self.batches_of(0))
-        self.examples_per_step = len(self.train_set) / self.steps_per_epoch
-        self.total_steps = s.max_steps or s.epochs * self.steps_per_epoch
+    def begin_anew(self):
+        """Take over what the run to start from and the first teacher know; write config.json."""
+        if self.origin:
+            begin_from(self, self.origin)
+        if self.teacher.dense_run:
+            self.teacher.load_run(self)
+        if self.rank == 0:
+            write_json(self.out / "config.json", describe(self))
+        self.log.cut(-1)
 
     def batches_of(self, epoch):
         s = self.settings
@@ -451,77 +289,35 @@ class Run:
         return evaluate(model, self.task, dev_sets, self.device, self.dtype)
 
     def speed(self, step):
-        """Return the examples per second of the steps so far, without evaluations."""
+        """Return the examples per second of the steps so far, without evaluations and teaching."""
         seconds = time.perf_counter() - self.started - self.progress.eval_seconds
         return step * self.examples_per_step / seconds
 
     def at(self, step):
         return f"{100 * step / self.total_steps:5.1f}%  step {step}/{self.total_steps}"
 
-    def save(self, name):
-        """Write the model with its masks applied into the folder `name` of the run."""
-        if self.rank == 0:
-            state = baked_state(self.model)
-            save_model(self.out / name, self.model, state, self.source, self.task.labels)
 
-    def save_scores(self, folder):
-        """Write the scores and masks, if there are any, into `folder`."""
-        tensors = self.method.tensors()
-        if tensors and self.rank == 0:
-            save_tensors(folder / "scores.safetensors", tensors, format="pt")
+def check_sizes(s, config):
+    """Raise UserError where a setting does not fit the sizes of the model."""
+    if s.max_length > config.positions:
+        raise UserError(f"--max-length {s.max_length}: {s.model} has {config.positions} positions")
+    _, m = n_of_m(s.pattern)
+    if config.hidden_size % m or config.intermediate_size % m:
+        widths = f"{config.hidden_size} and {config.intermediate_size}"
+        raise UserError(f"--pattern {s.pattern}: {s.model} is {widths} wide")
 
 
-def read_origin(s, source):
-    """Return (model, task, tokenizer, settings) of the run to start from.
-
-    Raises UserError where it is not finished, or of another model or method.
-    """
-    origin = load_run(s.from_run)
-    theirs = origin[-1]
-    same = theirs["model_sha256"] == model_sha256(source)
-    require(same, f"--from {s.from_run}: began with another model than {s.model}")
-    fits = theirs["method"] == s.method or METHODS[s.method].output_head is None
-    require(fits, f"--from {s.from_run}: a {theirs['method']} run; expected {s.method}, or fixed")
-    return origin
+# ---------- the loop ------------------------------------------------------------------------------
 
 
-def begin_from(run):
-    """Give a run what a finished one has learned, but not its output head for other labels."""
-    model, task, _, _ = run.origin
-    tensors = model.state_dict()
-    if run.method.masks:
-        tensors |= read_safetensors(Path(run.settings.from_run, "checkpoint.safetensors"))[0]
-    head, _ = HEADS[run.task.kind]
-    same = described(task) == described(run.task)
-    with torch.no_grad():
-        for name, p in run.model.named_parameters():
-            if name in tensors and (same or not name.startswith(head)):
-                p.copy_(tensors[name])
-
-
-def lr_at(step, total_steps, warmup):
-    """Return the factor of the learning rate.
-
-    It rises from 0 over `warmup`, a fraction of the run, then falls to 0 at the end; both linearly.
-    """
-    rise = warmup * total_steps
-    return step / rise if step < rise else (total_steps - step) / (total_steps - rise)
-
-
-# -------------------------------------------------------------------------------------------------
-# the loop
-
-
-def loop(run, stop):
+def loop(run, signals):
     """Train `run` from the step it stands at to its last one.
 
-    `stop` is a list. A signal in it ends the training after the step that is being computed.
+    A signal in the list `signals` ends the training after the step that is being computed.
     """
     s = run.settings
-    task = run.task
     method = run.method
-    optimizer = run.optimizer
-    scaler = run.scaler
+    optimizer, scaler = run.optimizer, run.scaler
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     order_epoch = None
     run.model.train()
@@ -534,26 +330,7 @@ def loop(run, stop):
             group["lr"] = peak * lr_at(step, run.total_steps, s.warmup)
         torch.manual_seed((s.seed * 1_000_003 + step) * 1024 + run.rank)
 
-        # forward and backward, one micro-batch after another
-        batch = order[place]
-        count = run.train_set.decision_counts[batch].sum()
-        parts = micro_batches(batch, count, run.rank, run.world, s.grad_accum)
-        for i, (part, factor) in enumerate(parts):
-            data = collate(run.train_set, part)
-            on_device = inputs(data, run.device)
-            labels = send(data["labels"], run.device)
-            waits = run.world > 1 and i < len(parts) - 1  # to send all gradients at once
-            with run.net.no_sync() if waits else contextlib.nullcontext():
-                with autocast(run.device, run.dtype):
-                    logits = run.net(**on_device)  # (B, K) or (B, T, K)
-                mask = on_device["attention_mask"]
-                logits, most_entropy = decisions(task.kind, logits, mask)  # (..., C)
-                losses = task_loss(logits, labels, task.low, task.high)  # one per decision
-                losses = run.teacher.losses(task, losses, logits, most_entropy, data, mask)
-                loss = losses.sum() * factor  # their sum over micro-batches is the batch's mean
-                scaler.scale(loss).backward()
-            run.loss_sum += loss.detach() / run.world
-
+        backward(run, order[place])
         scaler.unscale_(optimizer)
         regulariser = method.penalise(step)
         run.norm = torch.nn.utils.clip_grad_norm_(parameters, s.clip)
@@ -573,23 +350,38 @@ def loop(run, stop):
             log_step(run, step, regulariser)
         if step % (s.eval_every or run.steps_per_epoch) == 0 or last:
             evaluate_step(run, step)
-            save_checkpoint(run, step)
-        number = agree_to_stop(run, step, stop)
+            save_progress(run, step, sum_of_losses(run, step))
+        number = agree_to_stop(run, step, signals)
         if number:
-            save_checkpoint(run, step)
+            save_progress(run, step, sum_of_losses(run, step))
             if run.world > 1:
                 dist.barrier()  # torchrun ends rank 0 when another rank ends before it
             advice = f"python train.py --out {shlex.quote(s.out)} --resume goes on from there"
             raise KeyboardInterrupt(f"interrupted at step {step}; {advice}", 128 + number)
 
 
-def agree_to_stop(run, step, stop):
+def backward(run, rows):
+    """Add up the gradients of a batch, the `rows` of the training set; add its loss to the sum."""
+    count = run.train_set.decision_counts[rows].sum()
+    parts = micro_batches(rows, count, run.rank, run.world, run.settings.grad_accum)
+    for i, (part, factor) in enumerate(parts):
+        batch = run.train_set.collate(part)
+        waits = run.world > 1 and i < len(parts) - 1  # to send all gradients at once
+        with run.net.no_sync() if waits else contextlib.nullcontext():
+            decided = run.kind.decide(run.net, batch, run.device, run.dtype)
+            losses = run.teacher.losses(run.kind, decided)  # one per decision
+            loss = losses.sum() * factor  # their sum over micro-batches is the batch's mean
+            run.scaler.scale(loss).backward()
+        run.loss_sum += loss.detach() / run.world
+
+
+def agree_to_stop(run, step, signals):
     """Return the signal after which the run stops at this step, or 0.
 
     Ranks get a signal at different steps. Every four steps they agree whether to stop, by a tensor
     on the CPU, so that no device is waited for.
     """
-    number = stop[0] if stop else 0
+    number = signals[0] if signals else 0
     if run.world > 1:
         if step % 4:
             return 0
@@ -599,18 +391,19 @@ def agree_to_stop(run, step, stop):
     return number
 
 
-def sum_over_ranks(run):
-    """Return the sum of the losses since the last log line, of all ranks."""
+def sum_of_losses(run, step):
+    """Return the sum of the losses since the last log line, of all ranks, after `check_finite`."""
     total = run.loss_sum.clone()
     if run.world > 1:
         dist.all_reduce(total)
-    return total
+    check_finite(run, step, total)
+    return float(total)
 
 
 def check_finite(run, step, loss_sum):
     """Raise UserError if a loss since the last log line, or the last gradient, is not finite.
 
-    Raise it, too, if a mask may be wrong (on a GPU, once in 1e9 steps; see tools/selection.py).
+    Raise it, too, if a mask may be wrong (on a GPU, once in 1e9 steps; see support/selection.py).
 
     In fp16 the scaler skips steps of infinite gradients, and each skip halves its scale. The
     scale begins at 65,536, so 17 skips in a row bring it below 1. On a device other than a CPU this
@@ -623,32 +416,28 @@ def check_finite(run, step, loss_sum):
             "keeps the last good checkpoint, if any; try a lower --lr, --score-lr or --reg-lambda, "
             "or --dtype fp32"
         )
-    advice = "stopped; --resume goes on from the last checkpoint, with another sample"
-    require(not run.method.wrong, f"a sample misled the selection before step {step}; {advice}")
+    if run.method.wrong:
+        advice = "stopped; --resume goes on from the last checkpoint, with another sample"
+        raise UserError(f"a sample misled the selection before step {step}; {advice}")
 
 
 def log_step(run, step, regulariser):
     """Log the mean loss since the last log line, the density, and the speed."""
-    loss_sum = sum_over_ranks(run)
-    check_finite(run, step, loss_sum)
-    loss = float(loss_sum) / run.progress.loss_steps
-    row = {"step": step, "loss": loss, "regulariser": float(regulariser)}
-    row |= {
-        "density": run.method.achieved(),
-        "lr": max(g["lr"] for g in run.optimizer.param_groups),
-    }
+    loss = sum_of_losses(run, step) / run.progress.loss_steps
+    density = run.method.achieved()
+    row = {"step": step, "loss": loss, "regulariser": float(regulariser), "density": density}
+    row["lr"] = max(group["lr"] for group in run.optimizer.param_groups)
     run.log.row(**row, examples_per_second=round(run.speed(step), 1))
-    text = f"loss {loss:.4f}, density {row['density']:.4f}"
-    run.bar.set_postfix_str(text, refresh=False)
+    run.bar.set_postfix_str(f"loss {loss:.4f}, density {density:.4f}", refresh=False)
     run.loss_sum.zero_()
     run.progress.loss_steps = 0
 
 
 def evaluate_step(run, step):
     """Measure on dev; keep the best at the final density; let the teacher change."""
-    check_finite(run, step, sum_over_ranks(run))
-    progress = run.progress
+    sum_of_losses(run, step)  # for its check
     started = time.perf_counter()
+    progress = run.progress
     progress.metrics = metrics = run.measure(run.model, run.dev_sets)
     density = run.method.achieved()
     run.log.row(step=step, density=density, metrics=metrics)
@@ -659,183 +448,44 @@ def evaluate_step(run, step):
     if run.method.settled(step) or last_chance:
         if best is None or metrics[main] > best["metrics"][main]:
             progress.best = {"metrics": metrics, "step": step}
-            run.save("best")
-            run.save_scores(run.out / "best")
-    progress.eval_seconds += time.perf_counter() - started
+            write_model(run, "best")
+            write_scores(run, run.out / "best")
     run.teacher.consider(run, step, metrics)
+    progress.eval_seconds += time.perf_counter() - started
 
 
-# -------------------------------------------------------------------------------------------------
-# the run folder
-
-
-def remembered(run):
-    """Return {name: tensor} of what checkpoint.safetensors holds besides `Progress`.
-
-    The teacher's table has a file of its own, because it is large and seldom changes.
-
-    NAME               what is trained, under the model's names
-    method.NAME        what the method remembers, see `Dense.state`
-    optimizer.I.KEY    what AdamW remembers of parameter I
-    """
-    tensors = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
-    tensors |= {f"method.{name}": tensor for name, tensor in run.method.state().items()}
-    for i, state in run.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{key}": tensor for key, tensor in state.items()}
-    return tensors
-
-
-def save_checkpoint(run, step):
-    """Write checkpoint.safetensors, which is all that --resume needs."""
-    loss_sum = sum_over_ranks(run)
-    check_finite(run, step, loss_sum)
-    run.progress.step = step
-    run.progress.seconds = time.perf_counter() - run.started
-    run.progress.loss_sum = float(loss_sum)
-    run.progress.scaler = run.scaler.state_dict()
-    if run.rank > 0:
-        return
-    save_teacher(run)
-    progress = json.dumps(asdict(run.progress))
-    save_tensors(run.out / "checkpoint.safetensors", remembered(run), progress=progress)
-    for path in run.out.glob("teacher-*.safetensors"):
-        if path.name != run.progress.teacher_file:
-            path.unlink()  # of the checkpoint before
-
-
-def save_teacher(run):
-    """Write a new teacher's table to a file whose name has its hash; the checkpoint names it."""
-    if run.teacher.table is None or run.progress.teacher_file:
-        return
-    data = to_safetensors({"teacher": run.teacher.table.cpu()})
-    run.progress.teacher_file = f"teacher-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
-    atomic_write(run.out / run.progress.teacher_file, data)
-
-
-def load_teacher(run):
-    """Read the table that the checkpoint names. Raises UserError where it is missing or another."""
-    name = run.progress.teacher_file
-    if name is None:
-        return
-    path = run.out / name
-    data = path.read_bytes() if run.rank == 0 and path.exists() else b""
-    data = from_rank_0(data, run.rank, run.world)
-    same = hashlib.sha256(data).hexdigest()[:16] in name
-    require(same, f"{path}: missing or damaged; the run cannot be resumed without its teacher")
-    tensors, _ = parse_safetensors(data, path)
-    run.teacher.table = tensors["teacher"].to(run.device)
-
-
-def load_checkpoint(run, data, path):
-    """Put back a checkpoint, the bytes of `path`. UserError where it is damaged or of another run.
-
-    The number of processes may be another than before. The batches stay, dropout does not.
-    """
-    tensors, header = parse_safetensors(data, path)
-    optimizer = run.optimizer.state_dict()
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, i, key = name.split(".")
-            optimizer["state"].setdefault(int(i), {})[key] = tensor
-    run.optimizer.load_state_dict(optimizer)
-    ours = remembered(run)
-    same = ours.keys() == tensors.keys() and "progress" in header
-    require(same, f"{path}: of another model or method; start anew in another --out")
-    with torch.no_grad():
-        for name, tensor in ours.items():
-            tensor.copy_(tensors[name])
-    run.progress = Progress(**json.loads(header["progress"]))
-    run.scaler.load_state_dict(run.progress.scaler)
-    load_teacher(run)
-
-
-def describe(run):
-    """Return what config.json of a run folder holds."""
-    return {
-        "settings": asdict(run.settings),
-        "labels": list(run.task.labels),
-        "kind": run.task.kind,
-        "outputs": run.model.outputs,
-        "output_head": run.model.output_head,
-        "words": run.words,
-        "command": run.command,
-        "model_sha256": model_sha256(run.source),
-        "dtype": run.dtype,
-        "device": str(run.device),
-        "world_size": run.world,
-        **surroundings(),
-    }
-
-
-def finish(run):
-    """Write the model of the last step, the scores, and result.json; return what that holds."""
-    s = run.settings
-    progress = run.progress
-    run.save("model")
-    run.save_scores(run.out)
-    result = {
-        "task": s.task,
-        "model": s.model,
-        "method": s.method,
-        "density": s.density,
-        "achieved_density": run.method.achieved(),
-        "metrics": progress.metrics,
-        "best": progress.best,
-        "seed": s.seed,
-        "steps": run.total_steps,
-        "epochs": round(run.total_steps / run.steps_per_epoch, 3),
-        "train_seconds": round(progress.seconds, 2),
-        "examples_per_second": round(run.speed(run.total_steps), 2),
-        "peak_memory_bytes": peak_memory(run.device),
-        "command": run.command,
-    }
-    if run.rank == 0:
-        write_json(run.out / "result.json", result)
-    density = f"density {result['achieved_density']:.4f}"
-    tell(f"{run.out}: {show(progress.metrics)} at {density}, {progress.seconds:.0f} s")
-    warn_of_density(s.density, result["achieved_density"])
-    return result
-
-
-# -------------------------------------------------------------------------------------------------
-# the command line
+# ---------- the command line ----------------------------------------------------------------------
 
 
 def train(s, command):
     """Run the settings `s` and return what result.json holds."""
     with claimed(Path(s.out), s.resume, command == DEMO_COMMAND):
         run = Run(s, command)
-        train_run(run)
+        trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+        tell(
+            f"{s.method} on {s.task}: {len(run.train_set):,} examples, {run.total_steps:,} steps "
+            f"of {run.examples_per_step:.0f}, {trained:,} trained values, {run.device} {run.dtype}"
+        )
+        with (
+            signals_noted(alone=run.world == 1) as signals,
+            live("train", run.total_steps, initial=run.progress.step) as run.bar,
+        ):
+            loop(run, signals)
         return finish(run)
 
 
-def train_run(run):
-    """Train a run to its end. A signal stops it after a step, with a checkpoint."""
-    s = run.settings
-    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    tell(
-        f"{s.method} on {s.task}: {len(run.train_set):,} examples, {run.total_steps:,} steps of "
-        f"{run.examples_per_step:.0f}, {trained:,} trained values, {run.device} {run.dtype}"
-    )
-    stop = []
-
-    def ask_to_stop(number, frame):
-        """Ask the loop to stop after its step. A second signal ends a single process at once."""
-        stop.append(number)
-        if run.world == 1:
-            signal.signal(number, signal.SIG_DFL)
-
-    signals = [signal.SIGINT, signal.SIGTERM]
-    hangup = getattr(signal, "SIGHUP", None)  # Windows has none, and nohup ignores it
-    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
-        signals.append(hangup)
-    handlers = {number: signal.signal(number, ask_to_stop) for number in signals}
-    try:
-        with live("train", run.total_steps, initial=run.progress.step) as run.bar:
-            loop(run, stop)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+def finish(run):
+    """Write the model of the last step, the scores, and result.json; return what that holds."""
+    write_model(run, "model")
+    write_scores(run, run.out)
+    result = describe_result(run)
+    if run.rank == 0:
+        write_json(run.out / "result.json", result)
+    achieved = result["achieved_density"]
+    at = f"at density {achieved:.4f}, {run.progress.seconds:.0f} s"
+    tell(f"{run.out}: {show(run.progress.metrics)} {at}")
+    warn_of_density(run.settings.density, achieved)
+    return result
 
 
 def resumed(given, out):
@@ -844,26 +494,26 @@ def resumed(given, out):
     Raises UserError where a flag given now contradicts them. Device and data folder may differ.
     """
     path = out / "config.json"
-    config = read_json(path)
-    saved = config.get("settings")
-    ours = isinstance(saved, dict) and saved.keys() == {f.name for f in fields(Settings)}
-    require(ours, f"{path}: not the settings of a run of this version of train.py")
+    config = read_run_config(out)
+    saved = config["settings"]
+    if saved.keys() != {f.name for f in fields(Settings)}:
+        raise UserError(f"{path}: not the settings of a run of this version of train.py")
     for name, value in given.items():
-        free = name in ("resume", "out", "device", "data_dir") or value == saved[name]
-        require(free, f"{as_flag(name)} {value}: {path} was started with {saved[name]}")
+        if name not in ("resume", "out", "device", "data_dir") and value != saved[name]:
+            raise UserError(f"{as_flag(name)} {value}: {path} was started with {saved[name]}")
     return Settings(**saved | given | {"out": str(out), "dtype": config["dtype"]})  # no "auto"
 
 
 def choose(given):
     """Return the settings, and the source of those that were not given: a run, or a recipe."""
-    both = given.keys() >= {"from_run", "resume"}
-    require(not both, "--from and --resume: give one; a run remembers where it began")
+    if given.keys() >= {"from_run", "resume"}:
+        raise UserError("--from and --resume: give one; a run remembers where it began")
     if given.get("resume"):
         out = Path(given.get("out") or settings_from(given).out)
         if (out / "config.json").exists():
             return resumed(given, out), out / "config.json"
     s = settings_from(given)
-    return s, f"the recipe: {recipe(s)['source']}"
+    return s, f"the recipe: {recipe_of(s)['source']}"
 
 
 def start(given, command, dry_run):
@@ -887,9 +537,8 @@ def demo(dry_run):
             accuracy = 100 * r["metrics"]["accuracy"]
             rows.append(f"{method:8} {density} {accuracy:13.2f} {r['train_seconds']:8.1f}")
     if not dry_run:
-        tell("\n" + "\n".join(rows))
         real = "python train.py --model google-bert/bert-base-uncased --task mrpc --method smp-s"
-        tell(f"\nnext, a real one: {real}")
+        tell("\n".join(["", *rows, "", f"next, a real one: {real}"]))
 
 
 @program

@@ -28,11 +28,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers import models as tokenizer_models
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from model import Bert, BertConfig, load_model  # noqa: E402
+from model import Bert, BertConfig  # noqa: E402
+from models.checkpoint import load_model  # noqa: E402
 
 SEED = 1
 TRAIN, DEV = 5000, 1000
@@ -242,7 +244,7 @@ def bag_of_words(train, dev, per_sentence):
 def write_tokenizer():
     """Write tokenizer.json: BERT's tokenizer, in which each word of the language is one token."""
     vocabulary = {word: i for i, word in enumerate(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer = Tokenizer(tokenizer_models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -297,7 +299,7 @@ def pretrain(rng):
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    model = Bert(config, head="words", pooler=False)
+    model = Bert(config, output_head="words", pooler=False)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.05)  # BERT has 0.02, for wider layers

@@ -26,11 +26,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-import eval as evaluation
-import model
 import prune
 import train
-from tools import common, selection
+from kinds import KINDS, classify
+from models import checkpoint, resume, runs, teacher
+from support import machine, selection, terminal
 
 ROOT = Path(train.__file__).parent
 
@@ -168,15 +168,16 @@ def fake_device():
         # A new tensor is never, not even for a moment, a real one on the device.
         replace(FakeTensorMode, "avoid_device_init", True)
         # Weights are read from files as real tensors. Fake ones have neither bytes nor values.
-        for owner in (evaluation, train):
-            replace(owner, "load_model", without_fakes(model.load_model))
-        for owner in (model, train, common):
+        for owner in (runs, train):
+            replace(owner, "load_model", without_fakes(checkpoint.load_model))
+        for owner in (checkpoint, teacher):
             replace(owner, "to_safetensors", lambda *args, **kwargs: b"")
-        replace(evaluation, "to_predictions", no_predictions)
+        for kind in KINDS.values():
+            replace(kind, "predictions", no_predictions)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         device = stack.enter_context(FakeDevice())
-        replace(evaluation, "MAX_TOKENS", {"cuda": 400})  # so that a split has several batches
-        replace(evaluation, "predict", waiting_once(evaluation.predict, device))
+        replace(classify, "MAX_TOKENS", {"cuda": 400})  # so that a split has several batches
+        replace(classify.Classify, "logits", waiting_once(classify.Classify.logits, device))
         yield device
 
 
@@ -189,26 +190,26 @@ def without_fakes(function):
     return wrapped
 
 
-def waiting_once(predict, device):
-    """Return eval.predict with a check: for all batches together the host waits once."""
+def waiting_once(function, device):
+    """Return Classify.logits with a check: for all batches together the host waits once."""
 
-    @functools.wraps(predict)
+    @functools.wraps(function)
     def checked(*args):
         before = device.waits
-        logits = predict(*args)
-        assert device.waits == before + 1, f"predict: the host waits {device.waits - before} times"
+        logits = function(*args)
+        assert device.waits == before + 1, f"logits: the host waits {device.waits - before} times"
         return logits
 
     return checked
 
 
-def no_predictions(task, logits, dataset):
-    """Stand in for eval.to_predictions, which reads the logits."""
+def no_predictions(kind, logits, dataset):
+    """Stand in for `predictions` of a kind, which reads the logits."""
     assert logits.device.type == "cpu"
     assert logits.dtype == torch.float32
-    if task.kind == "span":
+    if kind.name == "span":
         return [""] * len(dataset.examples)
-    if task.kind == "tag":
+    if kind.name == "tag":
         return [["O"] * len(words) for words, _ in dataset.examples]
     return np.zeros(len(logits))
 
@@ -233,7 +234,7 @@ def send_unpinned(tensor, device):
 FAULTS = {
     "a count on the CPU": (prune, "top_k_masks", masks_by_counts_on_cpu),
     "a float() of the regulariser": (prune.SMPLocal, "penalise", penalty_as_float),
-    "an unpinned batch": (model, "send", send_unpinned),
+    "an unpinned batch": (machine, "send", send_unpinned),
 }
 
 # -------------------------------------------------------------------------------------------------
@@ -261,10 +262,12 @@ def train_and_watch(flags, device):
         return finish(run)
 
     finish = train.finish
-    settings = train.settings_from(common.parse_settings(train.Settings, "", flags))
+    settings = train.settings_from(terminal.parse_settings(train.Settings, "", flags))
     with contextlib.ExitStack() as stack:
-        for name in ("log_step", "evaluate_step", "save_checkpoint"):
-            paused = pausing(getattr(train, name), then_watch=True)
+        # After an evaluation `save_progress` follows, and both need the sum of the losses.
+        may_wait = {"log_step": True, "evaluate_step": False, "save_progress": True}
+        for name, then_watch in may_wait.items():
+            paused = pausing(getattr(train, name), then_watch)
             stack.enter_context(mock.patch.object(train, name, paused))
         paused = pausing(check_and_finish, then_watch=False)
         stack.enter_context(mock.patch.object(train, "finish", paused))
@@ -275,7 +278,7 @@ def train_and_watch(flags, device):
 def check_state(run):
     """Check that the optimizer is fused, and that all that a run remembers is on the device."""
     assert all(group["fused"] for group in run.optimizer.param_groups), "AdamW is not fused"
-    tensors = train.remembered(run) | dict(run.model.named_parameters())
+    tensors = resume.remembered(run) | dict(run.model.named_parameters())
     tensors |= dict(run.model.named_buffers()) | {"loss_sum": run.loss_sum}
     if run.teacher.table is not None:
         tensors["teacher"] = run.teacher.table
@@ -284,9 +287,10 @@ def check_state(run):
 
 
 def describe(error):
-    """Return the error with the last line of the program that it passed."""
+    """Return the error with the last line of the program, but for support/, that it passed."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if Path(frame.filename).parent == ROOT]
+    folders = (ROOT, ROOT / "kinds", ROOT / "models")
+    ours = [frame for frame in frames if Path(frame.filename).parent in folders]
     text = f"{type(error).__name__}: {error}"
     if ours:
         text = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}: {ours[-1].line}: {text}"

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tools import compare, report
+from tools import report
 from tools.record import read_record, write_record
 
 
@@ -42,7 +42,7 @@ def record(tmp_path):
 
 
 def compared(capsys, record, *flags):
-    assert compare.main([str(record), *flags]) == 0
+    assert report.main([str(record), *flags]) == 0
     return capsys.readouterr().out
 
 
@@ -84,6 +84,32 @@ def test_a_path_in_a_variable_is_recorded_as_the_variable(tmp_path, monkeypatch)
     write_record(tmp_path / "r", {}, run("a", 1, model="/home/me/model"))
     assert "/home" not in (tmp_path / "r").read_text()
     assert read_record(tmp_path / "r")["a"][1]["model"] == "$SOME_MODEL"
+
+
+def test_a_record_holds_no_absolute_path(tmp_path, monkeypatch):
+    """A folder below that of a variable keeps the rest of its path, any other its last name."""
+    monkeypatch.setenv("SOME_FOLDER", "/home/me/models/")
+    monkeypatch.setenv("SOME_PARENT", "/home/me")  # the longest one that holds the folder counts
+    paths = {
+        "/home/me/models/tiny": "$SOME_FOLDER/tiny",
+        "/home/me/models-2/tiny": "$SOME_PARENT/models-2/tiny",
+        "/elsewhere/tiny": "tiny",
+        "self:/elsewhere/runs/dense": "self:dense",
+        "self:/home/me/models/dense": "self:$SOME_FOLDER/dense",
+        "google-bert/bert-base-uncased": "google-bert/bert-base-uncased",  # an id of the hub
+        "runs/dense": "runs/dense",
+        "self": "self",
+    }
+    runs = {}
+    for i, path in enumerate(paths):
+        runs |= run(f"r{i}", 1, seed=i, model=path, teacher=path, task_file=path, from_run=path)
+    write_record(tmp_path / "r", {}, runs)
+    text = (tmp_path / "r").read_text()
+    assert '"/' not in text and ":/" not in text and "/me" not in text
+    found = read_record(tmp_path / "r")
+    for i, path in enumerate(paths.values()):
+        _, settings = found[f"r{i}"]
+        assert {settings[name] for name in ("model", "teacher", "task_file", "from_run")} == {path}
 
 
 WRONG = {
@@ -148,16 +174,32 @@ def test_dense_is_a_pair_of_every_density(record, capsys):
         assert "| m | stsb | 0.03 | 2 | 61.0 | 71.0 | -10.0 ± 1.4 |" in out
 
 
+@pytest.mark.parametrize("first, second", [("dense-*", "a-*"), ("a-*", "dense-*")])
+def test_dense_on_either_side(first, second, record, capsys):
+    """Dense has a pair at every density of the other side, and --density chooses among them."""
+    sign = -1 if first == "a-*" else 1
+    out = compared(capsys, record, "--first", first, "--second", second)
+    cells = [row.split(" | ") for row in out.splitlines() if row.startswith("| m | stsb")]
+    assert [(row[2], row[3], row[6]) for row in cells] == [
+        ("0.1", "2", f"{sign * 0:+.1f} ± 1.4 |"),
+        ("0.03", "2", f"{sign * 10:+.1f} ± 1.4 |"),
+    ]
+    one_density = compared(
+        capsys, record, "--first", first, "--second", second, "--density", "0.03"
+    )
+    assert "(2 pairs, cells: 1," in one_density
+
+
 def test_intervals_of_one_seed_per_cell():
     """They rest on the cells: for 1, 2, 3 the error is 1 / sqrt(3) and t(2) is 4.30."""
-    mean, half = compare.interval([np.array([1.0]), np.array([2.0]), np.array([3.0])])
+    mean, half = report.interval([np.array([1.0]), np.array([2.0]), np.array([3.0])])
     assert (mean, half) == (2.0, pytest.approx(4.30 / 3**0.5))
-    assert compare.interval([np.array([1.0])]) == (1.0, None)
+    assert report.interval([np.array([1.0])]) == (1.0, None)
 
 
 def test_two_runs_for_one_place_are_refused(record, capsys):
     """Which of them is compared would else depend on their order."""
-    assert compare.main([str(record), "--first", "[ab]-*", "--second", "dense-*"]) == 2
+    assert report.main([str(record), "--first", "[ab]-*", "--second", "dense-*"]) == 2
     assert "a-0.1-0 and b-0.1-0 have the same model, task, density" in capsys.readouterr().err
 
 
@@ -167,5 +209,5 @@ def test_names_of_one_run_are_refused(record, capsys):
 
 
 def test_no_pair(record, capsys):
-    assert compare.main([str(record), "--first", "a-0.1-*", "--second", "b-0.03-*"]) == 2
+    assert report.main([str(record), "--first", "a-0.1-*", "--second", "b-0.03-*"]) == 2
     assert "no pair" in capsys.readouterr().err

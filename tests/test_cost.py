@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tools import bench, cost, selection
+from support import selection
+from tools import bench, cost
 
 GPU = cost.Device()
 WEIGHTS = 84_934_656  # of BERT-base's encoder
@@ -40,12 +41,20 @@ def test_bounds(method, size, bound, dense):
         assert kernels - dense[size].total()[0] < 251
 
 
+def work_of_a_step(config, size, length):
+    """The floating-point operations of the linear layers in a dense step, without attention."""
+    width = config.hidden_size
+    # Of the last layer only position 0 is computed, but for its keys and values.
+    not_computed = 2 * width * (width + config.intermediate_size) * (1 - 1 / length)
+    return 6 * (bench.weights_of_encoder(config) - not_computed) * size * length
+
+
 def test_a_dense_step(dense):
     """The products are 6 FLOPs for each weight and token, but for the last layer's position 0."""
     _, moved, flops = dense[LARGE].total()
-    expected, _ = bench.work_of_a_step(bench.BertConfig(), 128)
+    expected = work_of_a_step(bench.BertConfig(), *LARGE)
     attention = 7 * 2 * (11 * 64 * 128 * 128 * 768 + 64 * 128 * 768)  # of 11 layers and a position
-    assert abs(flops / (2 * expected + attention) - 1) < 0.001  # `work_of_a_step` has 32 examples
+    assert abs(flops / (expected + attention) - 1) < 0.001
     assert moved > 28 * WEIGHTS  # AdamW alone
     assert all(item.bytes > 0 and item.kernels > 0 for item in dense[LARGE].select())
     parts = sum(dense[LARGE].seconds(GPU, part) for part in cost.PARTS)
@@ -54,7 +63,7 @@ def test_a_dense_step(dense):
 
 def bytes_of(function, *tensors):
     """The bytes for each value of the first tensor that a function of `tensors` moves."""
-    with cost.as_on_cuda(torch.bfloat16, steps=1) as (counter, _):
+    with cost.as_on_cuda(torch.bfloat16, steps=1) as counter:
         counter.mark("masks")
         function(*tensors)
     return counter.bill.total()[1] / tensors[0].numel()

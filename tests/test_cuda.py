@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import train
-from prune import CRITERIA
+from prune import CRITERIA, METHODS
+from support.terminal import as_flag
 
 CASES = [
     "--method dense --dtype fp16",
@@ -45,7 +46,7 @@ CASES = [
 FAULTS = {
     "a count on the CPU": ("--method movement", "prune.py", "top_k_masks(values, counts)"),
     "a float() of the regulariser": ("--method smp-l", "train.py", "method.penalise(step)"),
-    "an unpinned batch": ("--method dense", "model.py", "send("),
+    "an unpinned batch": ("--method dense", "classify.py", "inputs(batch, device)"),
 }
 
 
@@ -85,18 +86,30 @@ def cases_of(folder, tiny, kinds):
     teacher = folder / "teacher"
     dense = ["--method", "dense", "--max-steps", "1", "--out", str(teacher)]
     assert train.main([*tiny, *dense]) == 0
-    two_steps = ["--max-steps", "2", "--hold", "0", "--ramp", "0.25", "--pins-window", "1"]
-    two_steps += ["--teacher", "none"]
     cases = {}
     for case in CASES:
         case_here = case.replace("RUN", str(teacher))
         for kind, path in kinds.items():
             case_here = case_here.replace(f"{kind}.json", path)
         flags = shlex.split(case_here)
-        cases[case] = ([*tiny, *two_steps, *flags], None)
+        cases[case] = ([*tiny, *two_steps(flags), *flags], None)
     for fault, (flags, _, _) in FAULTS.items():
-        cases[fault] = ([*tiny, *two_steps, *shlex.split(flags)], fault)
+        flags = shlex.split(flags)
+        cases[fault] = ([*tiny, *two_steps(flags), *flags], fault)
     return cases
+
+
+def two_steps(flags):
+    """Return the flags of a run of two steps, of which the second one ranks or shares out anew.
+
+    `flags` name the method, which refuses what it does not use.
+    """
+    uses = METHODS[flags[flags.index("--method") + 1]].uses
+    more = ["--max-steps", "2", "--teacher", "none"]
+    for name, value in (("hold", "0"), ("ramp", "0.25"), ("pins_window", "1")):
+        if name in uses:
+            more += [as_flag(name), value]
+    return more
 
 
 @pytest.fixture(scope="module")

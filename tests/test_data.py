@@ -29,18 +29,12 @@ import torch
 from tokenizers import Tokenizer
 
 import data
-from data import (
-    Dataset,
-    Task,
-    UserError,
-    batches,
-    collate,
-    get_task,
-    load_dataset,
-    load_tokenizer,
-    word_ids,
-)
-from tools import common, fetch
+from data import Dataset, Task, batches, get_task, kind_of, load_dataset
+from kinds import classify
+from kinds.text import encode
+from models.tokenizer import load_tokenizer, word_ids
+from support import fetch, files
+from support.terminal import UserError
 
 GLUE_DIR = os.environ.get("GLUE_DIR")
 BERT_DIR = os.environ.get("BERT_DIR")
@@ -122,7 +116,6 @@ def toy(train, members=()):
         metrics=("accuracy",),
         columns=("text",),
         label="label",
-        files=data.tsvs("Toy"),
         rows={split: text.count("\n") - 1 for split, text in splits.items()},  # without the header
         sources=(("glue/data/Toy.zip", hashlib.sha256(content).hexdigest()),),
     )
@@ -342,11 +335,11 @@ def test_atomic_write(tmp_path, monkeypatch):
         raise Failed
 
     path = tmp_path / "new" / "file"
-    common.atomic_write(path, b"older")
-    common.atomic_write(path, "old")
+    files.atomic_write(path, b"older")
+    files.atomic_write(path, "old")
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(Failed):
-        common.atomic_write(path, "half")
+        files.atomic_write(path, "half")
     assert path.read_text() == "old"
     assert list(tree(path.parent)) == ["file"]
 
@@ -361,12 +354,12 @@ def test_two_writers_of_one_file(tmp_path, monkeypatch):
 
     def second_writer(file):
         monkeypatch.setattr(os, "fsync", flush)
-        common.atomic_write(path, "second")
+        files.atomic_write(path, "second")
         assert path.read_text() == "second"
         flush(file)
 
     monkeypatch.setattr(os, "fsync", second_writer)
-    common.atomic_write(path, "first")
+    files.atomic_write(path, "first")
     assert path.read_text() == "first"
     assert list(tree(tmp_path)) == ["file"]
 
@@ -594,7 +587,7 @@ def test_pairs_and_truncation(tokenizer):
     rng = np.random.default_rng(0)
     counts = [rng.integers(1, 30, 2).tolist() for _ in range(200)]  # words of a and b
     texts = [(" ".join(["cat"] * a), " ".join(["cat"] * b)) for a, b in counts]
-    ids, lengths, second = data.encode(texts, tokenizer, 24).values()
+    ids, lengths, second = encode(texts, tokenizer, 24).values()
     starts = np.append(0, lengths.cumsum())
     cls, sep, cat = (VOCAB.index(token) for token in ("[CLS]", "[SEP]", "cat"))
     for i, (a, b) in enumerate(counts):
@@ -609,7 +602,7 @@ def test_pairs_and_truncation(tokenizer):
         a_cut = rest == b and b < first
         assert whole or both_cut or b_cut or a_cut
     assert tokenizer.truncation is None
-    ids, lengths, second = data.encode(["cat " * 50, "", "dog"], tokenizer, 8).values()
+    ids, lengths, second = encode(["cat " * 50, "", "dog"], tokenizer, 8).values()
     assert lengths.tolist() == [8, 2, 3]
     assert np.array_equal(second, lengths)
     assert ids.dtype == np.int32
@@ -625,14 +618,14 @@ def test_cache(tokenizer, tmp_path, monkeypatch):
     task, content = toy(TRAIN)
     (tmp_path / "Toy.zip").write_bytes(content)
     first = load_dataset(task, "train", tokenizer, 32, tmp_path)
-    encode = data.encode
+    encode = classify.encode
     calls = []
 
     def counted(*args):
         calls.append(args)
         return encode(*args)
 
-    monkeypatch.setattr(data, "encode", counted)
+    monkeypatch.setattr(classify, "encode", counted)
 
     def same(count, task=task, max_length=32, tokenizer=tokenizer):
         """Load the split, after which there were `count` calls; is it the first one?"""
@@ -754,9 +747,9 @@ def test_collate():
     second = np.array([rng.integers(2, n + 1) for n in lengths], np.int32)
     ids = rng.integers(1, 99, starts[-1]).astype(np.int32)
     labels = rng.integers(0, 2, 50)
-    dataset = Dataset(ids, lengths, second, labels, 36)
+    dataset = Dataset(kind_of(toy(TRAIN)[0]), ids, lengths, second, labels, 36)
     for indices in ([4, 2, 2, 9], list(range(50)), [int(lengths.argmin())], [49]):
-        batch = collate(dataset, np.array(indices), pad_id=7)
+        batch = dataset.collate(np.array(indices), pad_id=7)
         width = batch["input_ids"].shape[1]
         assert width == min(-(-lengths[indices].max() // 8) * 8, 36)
         for row, i in enumerate(indices):
@@ -772,9 +765,9 @@ def test_collate():
             assert batch[name].dtype == torch.int64
         assert batch["attention_mask"].dtype == torch.bool
     dataset.labels = None
-    assert "labels" not in collate(dataset, np.arange(3))
+    assert "labels" not in dataset.collate(np.arange(3))
     dataset.labels = np.zeros(50, np.float32)
-    assert collate(dataset, np.arange(3))["labels"].dtype == torch.float32
+    assert dataset.collate(np.arange(3))["labels"].dtype == torch.float32
 
 
 # --------------------------------------------------------------------------------------------------
@@ -791,7 +784,7 @@ def test_the_table():
         assert len(task.words) == (len(task.labels) or 2)
         if task.kind == "classify":
             assert len(task.spelling) == len(task.labels)
-        assert task.regression == (name == "stsb")
+        assert (task.kind == "score") == (name == "stsb")
         for _, sha256 in task.sources:
             assert len(sha256) == 64
     assert get_task("mnli").eval_splits == {"dev": "", "dev_mm": "_mm"}
@@ -843,7 +836,7 @@ def test_task_file(tokenizer, tmp_path):
     regression = without("labels") | {"range": [-1, 1], "metric": ["spearman"]}
     path.write_text(json.dumps(regression))
     task = get_task(None, path)
-    assert task.regression
+    assert task.kind == "score"
     assert (task.low, task.high) == (-1.0, 1.0)
     assert task.eval_splits == {"dev": ""}
 
@@ -975,7 +968,7 @@ def test_real_folder_offline(name, tokenizer, tmp_path):
         assert len(a) == task.rows[split]
         if split.startswith("test"):
             assert a.labels is None
-        elif task.regression:
+        elif task.kind == "score":
             assert a.labels.min() >= 0
             assert a.labels.max() <= 5
             assert a.labels.min() < a.labels.max()

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import eval as evaluation
-from data import batches, collate, load_dataset
-from model import inputs, task_loss
-from prune import Pins, encoder_matrices
+from data import batches, kind_of, load_dataset
+from models.runs import load_run
+from prune import Pins
+from support.machine import inputs
+from support.matrices import encoder_linears
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "demo"))
@@ -86,20 +87,19 @@ def test_signed_importance_leaves_the_range_of_its_model(default_command, capsys
     table of these figures: `python -m pytest -k signed_importance`.
     """
     run = default_command[0] / "runs/demo/dense"
-    model, task, tokenizer, s = evaluation.load_run(run)
+    model, task, tokenizer, s = load_run(run)
     model.eval()
     data = load_dataset(task, "train", tokenizer, s["max_length"], s["data_dir"])
-    some = [collate(data, part) for part in batches(data.lengths, 64, 0, 0)[:40]]
-    weights = []
-    for column in encoder_matrices(model).values():
-        weights += [linear.weight for linear in column]
+    some = [data.collate(part) for part in batches(data.lengths, 64, 0, 0)[:40]]
+    kind = kind_of(task)
+    weights = [linear.weight for linear in encoder_linears(model)]
     sizes = [weight.numel() for weight in weights]
     before = [weight.clone() for weight in weights]
     pins = SimpleNamespace(settings=SimpleNamespace(pins_score="signed"))
 
     def loss_of(batch):
         logits = model(**inputs(batch, torch.device("cpu")))
-        return task_loss(logits, batch["labels"], 0, 1).mean()
+        return kind.losses(logits, batch["labels"]).mean()
 
     def mean_loss():
         return sum(float(loss_of(batch)) for batch in some) / len(some)

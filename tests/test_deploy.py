@@ -10,10 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import eval as evaluation
 import train
-from data import collate
-from model import Bert, BertConfig, load_model
+from data import kind_of, load_dev
+from model import Bert, BertConfig
+from models import sparse as sparse_execution
+from models.checkpoint import load_model
+from models.compaction import compact
+from models.runs import load_run
+from models.sparse import sparse
+from support.machine import inputs
+from support.matrices import encoder_linears
+from support.terminal import UserError
 from tools import deploy
 from tools import masks as mask_files
 
@@ -30,8 +37,7 @@ def finished(tiny, tmp_path_factory):
 
 def evaluating(tiny, mask):
     """Flags that evaluate a mask file over the tiny base model."""
-    flags = ["--model", tiny[1], "--task-file", tiny[3], "--data-dir", tiny[5]]
-    return [*flags, "--mask", str(mask)]
+    return ["masks", tiny[1], str(mask), "--task-file", tiny[3], "--data-dir", tiny[5]]
 
 
 def entropy(mask):
@@ -69,7 +75,7 @@ def test_mask_file_is_the_run(tiny, finished, tmp_path, capsys):
     One base in memory serves several mask files in turn.
     """
     path = str(tmp_path / "a.mask")
-    assert deploy.main([str(finished), "--save-mask", path]) == 0
+    assert deploy.main(["save-mask", str(finished), path]) == 0
     about, payload = mask_files.read_mask(path)
     shapes = {name: (rows, columns) for name, rows, columns, _, _ in about["matrices"]}
     masks = mask_files.unpack_all(path, about["matrices"], payload, shapes)
@@ -104,7 +110,7 @@ def test_released_masks(tmp_path):
     read = mask_files.read_released(path, shapes)
     for key in shapes:
         assert np.array_equal(read[key], masks[key])
-    with pytest.raises(deploy.UserError, match="encoder matrices have"):
+    with pytest.raises(UserError, match="encoder matrices have"):
         mask_files.read_released(path, shapes | {name.format(0): (3, 8)})
 
 
@@ -141,13 +147,13 @@ def test_damaged_and_foreign_files_are_refused(tiny, finished, tmp_path, capsys)
     tensors = load_file(other / "model.safetensors")
     tensors["bert.embeddings.word_embeddings.weight"][0, 0] += 1
     save_file(tensors, other / "model.safetensors")
-    argv = ["--model", other, *evaluating(tiny, path)[2:]]
+    argv = ["masks", other, *evaluating(tiny, path)[2:]]
     refused(capsys, argv, path, "another model", other)
 
     dense = tmp_path / "dense"
     argv = [*tiny, "--method", "dense", "--max-steps", "1", "--out", str(dense)]
     assert train.main(argv) == 0
-    argv = [dense, "--save-mask", tmp_path / "b.mask"]
+    argv = ["save-mask", dense, tmp_path / "b.mask"]
     refused(capsys, argv, "a dense run trains weights")
     assert not (tmp_path / "b.mask").exists()
 
@@ -168,7 +174,7 @@ def test_export_is_the_run(tiny, finished, tmp_path):
     A model with an MLM head becomes a BertForMaskedLM. A model without one becomes a
     BertForTokenClassification, whose classifier has the label words' embeddings as its rows.
     """
-    deploy.export(finished, tmp_path / "mlm", "model")
+    assert deploy.main(["export", str(finished), str(tmp_path / "mlm")]) == 0
     config = json.loads((tmp_path / "mlm" / "config.json").read_text())
     assert config["architectures"] == ["BertForMaskedLM"]
     assert config["label_words"] == ["no", "yes"]
@@ -181,12 +187,12 @@ def test_export_is_the_run(tiny, finished, tmp_path):
     flags = ["--model", str(bare), *tiny[2:], "--method", "smp-s", "--max-steps", "3"]
     assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
     exported = tmp_path / "words"
-    deploy.export(tmp_path / "run", exported, "model")
+    assert deploy.main(["export", str(tmp_path / "run"), str(exported)]) == 0
     config = json.loads((exported / "config.json").read_text())
     assert config["architectures"] == ["BertForTokenClassification"]
     assert config["id2label"] == {"0": "no", "1": "yes"}
 
-    run = evaluation.load_run(tmp_path / "run")[0].eval()
+    run = load_run(tmp_path / "run")[0].eval()
     tensors = load_file(exported / "model.safetensors")
     assert not [name for name in tensors if "pooler" in name]
     batch = two_rows()
@@ -202,14 +208,13 @@ def test_compact_folder_is_the_run(tiny, finished, tmp_path, capsys):
 
     --drop-rows makes it smaller still. A folder whose parts do not fit together is refused.
     """
-    run = evaluation.load_run(finished)[0].eval()
+    run = load_run(finished)[0].eval()
     batch = two_rows()
     bytes_of = {}
     for rows in ("0", "3"):
         folder = tmp_path / rows
-        flags = ["--compact", str(folder), "--drop-rows", rows]
-        flags += ["--data-dir", tiny[5], "--device", "cpu"]
-        assert deploy.main([str(finished), *flags]) == 0
+        flags = ["--drop-rows", rows, "--data-dir", tiny[5], "--device", "cpu"]
+        assert deploy.main(["compact", str(finished), str(folder), *flags]) == 0
         model, about = deploy.load_compact(folder)
         bytes_of[rows] = (folder / "compact.safetensors").stat().st_size
         stored = load_file(folder / "compact.safetensors")
@@ -227,7 +232,7 @@ def test_compact_folder_is_the_run(tiny, finished, tmp_path, capsys):
     assert whole > bytes_of["0"] > bytes_of["3"]
     about["sizes"][0][2] += 1
     (tmp_path / "0" / "compact.json").write_text(json.dumps(about))
-    with pytest.raises(deploy.UserError, match="not a whole compact model"):
+    with pytest.raises(UserError, match="not a whole compact model"):
         deploy.load_compact(tmp_path / "0")
 
 
@@ -253,27 +258,26 @@ def test_real_export_predicts_the_same(method, tmp_path):
     recommended = {"dense": 1, "pins": 0.2}.get(method, 0.1)
     assert density == pytest.approx(recommended, abs=0.01)
     if pattern == "unit":
-        flags = ["--compact", str(folder), "--uniform", "--no-check", *data]
-        assert deploy.main([str(run), *flags]) == 0
-        units = evaluation.load_run(run)[0].config.intermediate_size
+        flags = ["--uniform", "--no-check", *data]
+        assert deploy.main(["compact", str(run), str(folder), *flags]) == 0
+        units = load_run(run)[0].config.intermediate_size
         config = json.loads((folder / "config.json").read_text())
         assert config["intermediate_size"] == int(0.1 * units)
     else:
-        deploy.export(run, folder, "model")
+        assert deploy.main(["export", str(run), str(folder)]) == 0
     kind = json.loads((folder / "config.json").read_text())["architectures"][0]
     theirs, info = getattr(hf, kind).from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
 
-    model, task, tokenizer, s = evaluation.load_run(run)
-    (dev,) = evaluation.load_dev(task, tokenizer, s["max_length"], s["data_dir"]).values()
-    ours = evaluation.predict(model, dev, CPU, "fp32")
+    model, task, tokenizer, s = load_run(run)
+    (dev,) = load_dev(task, tokenizer, s["max_length"], s["data_dir"]).values()
+    ours = kind_of(task).logits(model, dev, CPU, "fp32")
     theirs.eval()
     parts = []
     with torch.no_grad():
         for i in range(0, len(dev), 64):
-            batch = collate(dev, np.arange(i, min(i + 64, len(dev))))
-            batch.pop("labels")
-            logits = theirs(**batch).logits
+            batch = dev.collate(np.arange(i, min(i + 64, len(dev))))
+            logits = theirs(**inputs(batch, CPU)).logits
             if logits.dim() == 3:  # (B, T, K): a token classifier, of which the first token counts
                 logits = logits[:, 0]
             parts.append(logits)
@@ -352,7 +356,7 @@ def test_compaction_is_exact(case):
     batch = random_batch([9, 4, 1, 7])
     before = model(**batch).detach()
     uniform = copy.deepcopy(model)
-    sizes = deploy.compact(model)
+    sizes = compact(model)
     assert (model(**batch) - before).abs().max() < 1e-5
     left = sum(sum(inner) + sum(outer) + units for inner, outer, units in sizes)
     smaller = left < 2 * (32 + 32 + 48)
@@ -361,10 +365,10 @@ def test_compaction_is_exact(case):
         assert sizes[0][0] == [6, 8, 8, 8]
     if case == "a head of constant queries":
         assert sizes[0][0] == [8, 1, 8, 8]
-    deploy.sparse(model)
+    sparse(model)
     assert (model(**batch) - before).abs().max() < 1e-5
 
-    deploy.compact(uniform, uniform=True)
+    compact(uniform, uniform=True)
     assert (uniform(**batch) - before).abs().max() < 1e-5
     units = {layer.intermediate["dense"].out_features for layer in uniform.layers}
     assert units == {max(units for _, _, units in sizes)}
@@ -378,13 +382,13 @@ def test_pattern_head_compacts_to_whole_heads(tiny, tmp_path):
     """
     flags = [*tiny, "--method", "smp-l", "--pattern", "head", "--density", "0.5"]
     assert train.main([*flags, "--max-steps", "4", "--out", str(tmp_path / "run")]) == 0
-    model, _, _, _ = evaluation.load_run(tmp_path / "run")
+    model, _, _, _ = load_run(tmp_path / "run")
     heads = model.config.num_attention_heads
     units = model.config.intermediate_size
     size = model.config.hidden_size // heads
     whole = [size] * (heads // 2)
     layer = [whole, whole, units // 2]
-    assert deploy.compact(model) == [layer] * model.config.num_hidden_layers
+    assert compact(model) == [layer] * model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("density", [0.02, 0.1, 0.6])
@@ -402,11 +406,11 @@ def test_sparse_execution_is_exact(density, monkeypatch):
     )
     model = planted(config, [])
     with torch.no_grad():
-        for linear in deploy.encoder_linears(model)[:-1]:  # the last one stays dense
+        for linear in encoder_linears(model)[:-1]:  # the last one stays dense
             linear.weight.mul_(torch.rand_like(linear.weight) < density)
     batch = random_batch([9, 4, 1, 7, 2, 2, 9])
     before = model(**batch)
-    assert deploy.sparse(model) == (17 if density < deploy.DENSEST else 0)
+    assert sparse(model) == (17 if density < sparse_execution.DENSEST else 0)
     for tokens in (256, 20, 1):  # computed at a time
-        monkeypatch.setattr(deploy, "TOKENS", tokens)
+        monkeypatch.setattr(sparse_execution, "TOKENS", tokens)
         assert (model(**batch) - before).abs().max() < 1e-5

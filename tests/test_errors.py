@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 import eval as evaluation
 import train
+from kinds.classify import Classify
 
 
 @pytest.fixture
@@ -70,8 +71,13 @@ QUERY = "bert.encoder.layer.1.attention.self.query.weight"
         ("--density 0.5 --method dense", ["--density", "dense"]),
         ("--epochs 2", ["--epochs and --max-steps"]),
         ("--max-tokens 100", ["--batch-size and --max-tokens"]),
-        ("--method dense --score-lr 0.1", ["--score-lr 0.1", "dense has no scores"]),
-        ("--method pins --score-lr 0.1", ["--score-lr 0.1", "pins has no scores"]),
+        ("--method dense --score-lr 0.1", ["--score-lr 0.1", "dense does not use it"]),
+        ("--method pins --score-lr 0.1", ["--score-lr 0.1", "pins does not use it"]),
+        ("--method pins --reg-lambda 3", ["--reg-lambda 3", "pins does not use it"]),
+        ("--method fixed --density 0.7", ["--density 0.7", "fixed does not use it"]),
+        ("--method dense --hold 0.1", ["--hold 0.1", "dense does not use it"]),
+        ("--score-lr 1e39", ["--score-lr: 1e39", "[0, 1e9]"]),  # more than a float32 can hold
+        ("--lr -1", ["--lr: -1", "[0, 1e9]"]),
         ("--epochs 0", ["--epochs: 0", "[1, inf)"]),
         ("--epochs two", ["--epochs", "two"]),
         ("--ramp 0", ["--ramp"]),
@@ -80,7 +86,7 @@ QUERY = "bert.encoder.layer.1.attention.self.query.weight"
         ("--pattern rows", ["--pattern rows", "weight, unit, head or n:m"]),
         ("--pattern 2:4 --density 0.1", ["--density 0.1", "0.5"]),
         ("--pattern 2:5", ["--pattern 2:5", "32"]),  # the model is 32 wide
-        ("--pattern head --method pins", ["--pattern head", "pins ranks single weights"]),
+        ("--pattern head --method pins", ["--pattern head", "pins does not use it"]),
         ("--method pins --pins-score unsigned", ["unsigned", "signed"]),
         ("--method pins --teacher-split 0.6", ["--teacher-split: 0.6", "[0, 0.5]"]),
         ("--method pins --teacher self:nowhere", ["nowhere"]),
@@ -194,6 +200,21 @@ def test_files(case, capsys, monkeypatch, spoil):
     assert not (folder / "out").exists()
 
 
+def test_a_model_and_a_task(case, capsys, monkeypatch):
+    """A model that is not the demo's needs a task, and an official task another model.
+
+    Else all words would be unknown tokens. The default folder of the run would be made here.
+    """
+    folder, flags = case
+    monkeypatch.chdir(folder)
+    needed = ("give --task or --task-file", folder / "model")
+    for more in ([], ["--method", "dense"]):
+        refused(capsys, ["--model", folder / "model", *more], *needed)
+    for more in ([], ["--model", "demo"], ["--dry-run"]):
+        refused(capsys, ["--task", "cola", *more], "--task cola", "give --model")
+    assert not (folder / "runs").exists()
+
+
 def test_a_task_and_a_task_file(case, capsys):
     """--task and --task-file go together only where they name the same task."""
     folder, flags = case
@@ -263,17 +284,17 @@ def test_loss_turns_nan(case, capsys, monkeypatch):
     """
     folder, flags = case
     out = folder / "out"
-    task_loss = train.task_loss
+    losses = Classify.losses
     calls = []
 
     def poisoned(*args):
         calls.append(args)
         factor = float("nan") if len(calls) == 6 else 1.0
-        return task_loss(*args) * factor
+        return losses(*args) * factor
 
     argv = [*flags, "--eval-every", "2", "--log-every", "100", "--max-steps", "9", "--out", out]
     with monkeypatch.context() as patch:
-        patch.setattr(train, "task_loss", poisoned)
+        patch.setattr(Classify, "losses", poisoned)
         refused(capsys, argv, "step 5", "--reg-lambda", out)
     assert not (out / "result.json").exists()
     assert train.main(["--out", str(out), "--resume"]) == 0

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -18,8 +20,12 @@ from test_errors import contents, edit_json, refused
 import data
 import eval as evaluation
 import train
-from tools import common, deploy, fetch, report, sizes
+from conftest import GOLDEN
+from support import fetch, files, machine
+from support.terminal import UserError, show
+from tools import deploy, pictures, report
 from tools import masks as mask_files
+from tools.record import read_record
 
 ROOT = Path(train.__file__).parent
 
@@ -30,8 +36,9 @@ def made(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     for method in ("smp-s", "dense"):
         flags = ["--method", method, "--max-steps", "4", "--eval-every", "2", "--lr", "1e-3"]
-        flags += ["--hold", "0", "--ramp", "0.25", "--out", str(folder / method)]
-        assert train.main([*tiny, *flags]) == 0
+        if method == "smp-s":
+            flags += ["--hold", "0", "--ramp", "0.25"]
+        assert train.main([*tiny, *flags, "--out", str(folder / method)]) == 0
     return folder
 
 
@@ -114,7 +121,7 @@ def test_the_demo_makes_room_for_itself_only(tmp_path, monkeypatch, capsys):
     Of an earlier demo it deletes only what the demo wrote.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "train_run", lambda run: None)
+    monkeypatch.setattr(train, "loop", lambda run, signals: None)
     monkeypatch.setattr(train, "finish", lambda run: train.write_json(run.out / "result.json", {}))
     assert train.main([]) == 0
     (tmp_path / "runs/demo/dense/notes.txt").write_text("mine")
@@ -136,17 +143,17 @@ def test_temporary_files_of_killed_processes_go(tiny, run):
         path.write_bytes(b"half")
         os.utime(path, (time.time() - 60,) * 2)
     with open(alive, "ab") as file:
-        assert common.lock(file) == "ours"
+        assert files.lock(file) == "ours"
         assert train.main(["--out", str(run), "--resume"]) == 0
     assert not any(path.exists() for path in dead)
     assert alive.exists()
-    common.atomic_write(run / "result.json", "{}")  # elsewhere, the next writer of the file does it
+    files.atomic_write(run / "result.json", "{}")  # elsewhere, the next writer of the file does it
     assert not alive.exists()
 
 
 def test_a_temporary_file_that_is_gone_does_not_come_back(tmp_path):
     """Between the search for temporary files and the look at one its writer may have renamed it."""
-    common.sweep([tmp_path / ".file.0a1b2c3d.tmp"])
+    files.sweep([tmp_path / ".file.0a1b2c3d.tmp"])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -172,8 +179,8 @@ def test_git_that_hangs_does_not_stop_a_run(monkeypatch):
     def hang(command, timeout, **options):
         raise subprocess.TimeoutExpired(command, timeout)
 
-    monkeypatch.setattr(common.subprocess, "run", hang)
-    assert common.git_commit() is None
+    monkeypatch.setattr(machine.subprocess, "run", hang)
+    assert machine.git_commit() is None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -193,9 +200,10 @@ def test_git_that_hangs_does_not_stop_a_run(monkeypatch):
         (evaluation.main, ["RUN", "--data-dir", ""]),
         (data.main, ["--task", "demo", "--data-dir", ""]),
         (data.main, ["--task-file", ""]),
-        (deploy.main, ["RUN", "--export", ""]),
-        (deploy.main, ["RUN", "--save-mask", ""]),
-        (deploy.main, ["--model", "", "--mask", "FILE"]),
+        (deploy.main, ["export", "RUN", ""]),
+        (deploy.main, ["save-mask", "RUN", ""]),
+        (deploy.main, ["masks", "", "FILE"]),
+        (deploy.main, ["masks", "BASE", "FILE", ""]),
         (report.main, ["RUN", "--plot", ""]),
     ],
 )
@@ -206,13 +214,15 @@ def test_empty_paths(main, argv, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("flag", ["--export", "--compact", "--save-mask"])
-def test_what_is_there_is_not_written_over(flag, tiny, run, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["export", "compact", "save-mask"])
+def test_what_is_there_is_not_written_over(name, tiny, run, tmp_path, capsys):
     """What exists is written over with --force only, and the folders of the run not even then."""
     target = tmp_path / "target"
     target.mkdir()
-    argv = [run, flag, target, "--data-dir", tiny[5], "--device", "cpu"]
-    if flag == "--save-mask":
+    argv = [name, run, target]
+    if name == "compact":
+        argv += ["--data-dir", tiny[5], "--device", "cpu"]
+    if name == "save-mask":
         target = target / "mask"
         argv[2] = target
     else:
@@ -299,7 +309,7 @@ def test_a_data_folder_is_not_created(made, tmp_path, monkeypatch, capsys):
     assert evaluation.main([str(made / "dense"), "--data-dir", str(typo)]) == 0
     assert report.main([str(made / "smp-s"), "--density", "0.5", "--data-dir", str(typo)]) == 0
     monkeypatch.setenv("GLUE_URL", "http://127.0.0.1:9")
-    with pytest.raises(common.UserError, match=f"--data-dir {typo}: no such folder"):
+    with pytest.raises(UserError, match=f"--data-dir {typo}: no such folder"):
         fetch.locate(data.get_task("cola"), "dev", typo)
     assert not typo.exists()
 
@@ -339,9 +349,9 @@ def test_ctrl_c_while_torch_is_loaded(program):
     """Ctrl-C in the first second ends the command without a traceback."""
     here = subprocess.Popen(command(program, "RUN"), stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert here.stderr.readline() == "loading torch\n"
-    here.send_signal(train.signal.SIGINT)
+    here.send_signal(signal.SIGINT)
     assert here.communicate()[1] == ""
-    assert here.returncode == -train.signal.SIGINT
+    assert here.returncode == -signal.SIGINT
 
 
 def test_an_interrupted_run_says_how_it_goes_on(tiny, tmp_path, monkeypatch, capsys):
@@ -351,7 +361,7 @@ def test_an_interrupted_run_says_how_it_goes_on(tiny, tmp_path, monkeypatch, cap
     def interrupt(self, step):
         update(self, step)
         if step == 2:
-            train.signal.raise_signal(train.signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     out = tmp_path / "a run"
     argv = [*tiny, "--max-steps", "4", "--out", str(out)]
@@ -360,7 +370,7 @@ def test_an_interrupted_run_says_how_it_goes_on(tiny, tmp_path, monkeypatch, cap
         assert train.main(argv) == 130
     said = capsys.readouterr().err
     assert said.startswith("interrupted at step 2; python train.py --out ")
-    words = train.shlex.split(said.split("; ")[1].split(" goes on")[0])
+    words = shlex.split(said.split("; ")[1].split(" goes on")[0])
     assert train.main(words[2:]) == 0
     assert json.loads((out / "result.json").read_text())["steps"] == 4
 
@@ -510,7 +520,7 @@ HOSTILE = [
 @pytest.fixture(scope="module")
 def mask(made):
     path = made / "good.mask"
-    assert deploy.main([str(made / "smp-s"), "--save-mask", str(path)]) == 0
+    assert deploy.main(["save-mask", str(made / "smp-s"), str(path)]) == 0
     return path
 
 
@@ -520,8 +530,8 @@ def test_hostile_mask_files(change, reason, tiny, mask, tmp_path, capsys):
     path = tmp_path / "bad.mask"
     forged(mask, path, change)
     assert path.stat().st_size < 300_000
-    argv = ["--model", tiny[1], "--task-file", tiny[3], "--data-dir", tiny[5], "--mask"]
-    refused(capsys, [*argv, path], path, reason, main=deploy.main)
+    argv = ["masks", tiny[1], path, "--task-file", tiny[3], "--data-dir", tiny[5]]
+    refused(capsys, argv, path, reason, main=deploy.main)
 
 
 def test_other_files_as_masks(tiny, run, tmp_path, capsys):
@@ -529,30 +539,31 @@ def test_other_files_as_masks(tiny, run, tmp_path, capsys):
 
     A run without masks in its scores has no mask to save.
     """
-    flags = ["--model", tiny[1], "--task-file", tiny[3], "--data-dir", tiny[5], "--mask"]
+    flags = ["--task-file", tiny[3], "--data-dir", tiny[5]]
     path = tmp_path / "deep.mask"
     tensors = {"mask": np.zeros(1, np.uint8)}
     header = {"mask": "[" * 100_000, "sha256": ""}
     path.write_bytes(mask_files.numpy_to_safetensors(tensors, metadata=header))
-    refused(capsys, [*flags, path], path, "not a whole mask file", main=deploy.main)
+    argv = ["masks", tiny[1], path, *flags]
+    refused(capsys, argv, path, "not a whole mask file", main=deploy.main)
     path = tmp_path / "empty.npy"
     path.write_bytes(b"")
-    flags += [path, "--task", "pairs"]
-    refused(capsys, flags, path, "not a .npy of packed bits", main=deploy.main)
+    argv = ["masks", tiny[1], path, *flags, "--task", "pairs"]
+    refused(capsys, argv, path, "not a .npy of packed bits", main=deploy.main)
     with open(path, "wb") as file:
         about = {"descr": "|u1", "fortran_order": False, "shape": (10**14,)}
         np.lib.format.write_array_header_1_0(file, about)
-    refused(capsys, flags, path, "not a .npy of packed bits", main=deploy.main)
+    refused(capsys, argv, path, "not a .npy of packed bits", main=deploy.main)
     scores = load_file(run / "scores.safetensors")
     scores = {name: tensor for name, tensor in scores.items() if not name.endswith(".mask")}
     save_file(scores, run / "scores.safetensors")
-    argv = [run, "--save-mask", tmp_path / "new"]
+    argv = ["save-mask", run, tmp_path / "new"]
     refused(capsys, argv, "holds no mask", main=deploy.main)
 
 
 def test_words_and_task_of_a_mask(tiny, mask, tmp_path, capsys):
     """--words are as many as the classes, and --task does not contradict the mask file."""
-    argv = ["--model", tiny[1], "--data-dir", tiny[5], "--mask", mask]
+    argv = ["masks", tiny[1], mask, "--data-dir", tiny[5]]
     own = [*argv, "--task-file", tiny[3]]
     refused(capsys, [*own, "--words", "no", "yes", "w1"], "3 label words", main=deploy.main)
     refused(capsys, [*own, "--words", "no"], "1 label words", main=deploy.main)
@@ -561,35 +572,35 @@ def test_words_and_task_of_a_mask(tiny, mask, tmp_path, capsys):
 
 
 def test_the_mask_of_the_best_checkpoint(tiny, run, mask, tmp_path, capsys):
-    """--save-mask --best saves the mask of best/. A run without it is refused in one line."""
+    """save-mask --best saves the mask of best/. A run without it is refused in one line."""
     best = json.loads((run / "result.json").read_text())["best"]
     scores = load_file(run / "best" / "scores.safetensors")
     other = {name: ~t if name.endswith(".mask") else t for name, t in scores.items()}
     save_file(other, run / "best" / "scores.safetensors")  # so that it differs from the last step
     path = tmp_path / "best.mask"
-    assert deploy.main([str(run), "--save-mask", str(path), "--best"]) == 0
+    assert deploy.main(["save-mask", str(run), str(path), "--best"]) == 0
     about, payload = mask_files.read_mask(path)
     shapes = {name: (rows, columns) for name, rows, columns, _, _ in about["matrices"]}
     for name, found in mask_files.unpack_all(path, about["matrices"], payload, shapes).items():
         assert np.array_equal(found, other[f"{name}.mask"].numpy())
     save_file(scores, run / "best" / "scores.safetensors")
     flags = ["--task-file", tiny[3], "--data-dir", tiny[5]]
-    assert deploy.main([str(run), "--save-mask", str(path), "--best", "--force"]) == 0
-    assert deploy.main(["--model", tiny[1], *flags, "--mask", str(path)]) == 0
-    assert evaluation.show(best["metrics"]) in capsys.readouterr().out
+    assert deploy.main(["save-mask", str(run), str(path), "--best", "--force"]) == 0
+    assert deploy.main(["masks", tiny[1], str(path), *flags]) == 0
+    assert show(best["metrics"]) in capsys.readouterr().out
     (run / "best" / "scores.safetensors").unlink()
-    argv = [run, "--save-mask", tmp_path / "no.mask", "--best"]
+    argv = ["save-mask", run, tmp_path / "no.mask", "--best"]
     refused(capsys, argv, "best/scores.safetensors", main=deploy.main)
 
 
 def test_labels_of_a_compact_folder(tiny, made, tmp_path, capsys):
     """A compact folder is refused for a task whose labels have another order."""
     folder = tmp_path / "compact"
-    argv = [str(made / "dense"), "--compact", str(folder), "--no-check"]
+    argv = ["compact", str(made / "dense"), str(folder), "--no-check"]
     assert deploy.main(argv) == 0
     about = json.loads((folder / "compact.json").read_text())
     edit_json(folder / "compact.json", labels=about["labels"][::-1])
-    argv = [folder, "--evaluate", "--data-dir", tiny[5]]
+    argv = ["evaluate", folder, "--data-dir", tiny[5]]
     refused(capsys, argv, "['yes', 'no']", "['no', 'yes']", main=deploy.main)
 
 
@@ -661,10 +672,10 @@ def test_a_report_leaves_out_what_is_no_run(made, tmp_path, capsys):
 
 def test_a_torn_line_of_a_log(run, capsys):
     """A torn or foreign line of metrics.jsonl is left out of the curves, and named."""
-    rows = report.read_log(run)
+    rows = pictures.read_log(run)
     with open(run / "metrics.jsonl", "ab") as log:
         log.write(b'[3]\n{"step": "x"}\n{"step": 3, "metrics": null}\n{"step": 9, "los')
-    assert report.read_log(run) == rows
+    assert pictures.read_log(run) == rows
     assert capsys.readouterr().err.count("left out, not a row of a log") == 4
     for line in ("5", "{}", '{"step": "x"}'):  # resuming drops them
         with open(run / "metrics.jsonl", "w") as log:
@@ -694,26 +705,31 @@ def test_flags_of_eval(made, flags, words, capsys):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--compact OUT --drop-rows -5", ["--drop-rows: -5", "[0, inf)"]),
-        ("--export OUT --drop-rows 5", ["--drop-rows: only with --compact"]),
-        ("--export OUT --uniform", ["--uniform: only with --compact"]),
-        ("--sparse --force", ["--force: only with --export"]),
-        ("--export OUT --no-check", ["--no-check: only with"]),
-        ("--evaluate --best", ["--best: only with"]),
-        ("--evaluate --export OUT", ["give RUN with"]),
-        ("--export OUT --task cola", ["--task: only with --mask"]),
-        ("--export OUT --compact OUT", ["the same name"]),
-        ("--export OUT --save-mask /dev/stdout", ["/dev/stdout", "mix"]),
-        ("--mask FILE", ["give RUN with"]),
-        ("--mask FILE --model BASE", ["give RUN with"]),
-        ("", ["give RUN with"]),
-        ("--evaluate", ["no compact.json"]),
+        ("compact RUN OUT --drop-rows -5", ["--drop-rows: -5", "[0, inf)"]),
+        ("export RUN OUT --drop-rows 5", ["unrecognized arguments: --drop-rows"]),
+        ("export RUN OUT --uniform", ["unrecognized arguments: --uniform"]),
+        ("export RUN OUT --no-check", ["unrecognized arguments: --no-check"]),
+        ("export RUN OUT --task cola", ["unrecognized arguments: --task cola"]),
+        ("export RUN OUT --compact OUT", ["unrecognized arguments: --compact"]),
+        ("sparse RUN --force", ["unrecognized arguments: --force"]),
+        ("sparse RUN --device cpu", ["unrecognized arguments: --device"]),
+        ("save-mask RUN OUT --drop-rows 5", ["unrecognized arguments: --drop-rows"]),
+        ("evaluate RUN --best", ["unrecognized arguments: --best"]),
+        ("evaluate RUN --split dev", ["unrecognized arguments: --split"]),
+        ("predict RUN OUT --force", ["unrecognized arguments: --force"]),
+        ("masks BASE RUN --best", ["unrecognized arguments: --best"]),
+        ("masks BASE", ["required: FILE"]),
+        ("export RUN", ["required: DIR"]),
+        ("pack RUN OUT", ["invalid choice: 'pack'"]),
+        ("", ["required: COMMAND"]),
+        ("evaluate RUN", ["no compact.json"]),
     ],
 )
 def test_flags_of_deploy(made, flags, words, tmp_path, monkeypatch, capsys):
-    """A flag of tools.deploy that would do nothing is refused, and nothing is written."""
+    """A command of tools.deploy takes its own flags only, and a mistake writes nothing."""
     monkeypatch.chdir(tmp_path)
-    refused(capsys, [made / "smp-s", *flags.split()], *words, main=deploy.main)
+    argv = [made / "smp-s" if word == "RUN" else word for word in flags.split()]
+    refused(capsys, argv, *words, main=deploy.main)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -731,5 +747,46 @@ def test_a_lost_checkpoint_says_what_is_left(run, capsys):
 
 def test_no_size_below_zero(made, capsys):
     """The entropy of a mask that keeps everything is 0, and not -0."""
-    assert str(sizes.entropy(1.0)) == "0.0"
-    assert str(sizes.entropy(0.0)) == "0.0"
+    assert str(evaluation.entropy(1.0)) == "0.0"
+    assert str(evaluation.entropy(0.0)) == "0.0"
+
+
+# -------------------------------------------------------------------------------------------------
+# what an older version of the program wrote
+
+
+def test_what_an_older_version_wrote(tmp_path, monkeypatch, capsys):
+    """Runs, masks, records and checkpoints of the program of commit 3cd4db0 are still read.
+
+    golden/old has what it wrote about a tiny model and task: two runs of SMP-S as a record, one of
+    them with its folder and its mask, and a run of PINS that was interrupted at step 21 of 48.
+    unfinished.json has what the older program gets of the latter where nothing interrupts it.
+    """
+    shutil.copytree(GOLDEN / "old", tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)  # the paths in the files are relative
+
+    runs = read_record("record.jsonl")
+    assert list(runs) == ["smp-0", "smp-1"]
+    metrics = runs["smp-0"][0]["metrics"]
+    assert report.main(["record.jsonl"]) == 0
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert row.startswith("| pairs | smp-s | 0.5 | 0.5000 | 2 | 5 | accuracy ")
+
+    assert evaluation.main(["smp-0", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    for name, value in metrics.items():
+        assert f"  {name:17} {100 * value:.2f}\n" in out
+    argv = ["masks", "model", "smp.mask", "--task-file", "task.json", "--device", "cpu"]
+    assert deploy.main(argv) == 0
+    assert capsys.readouterr().out == f"smp.mask: pairs, density 0.5000: {show(metrics)}\n"
+
+    expected = json.loads(Path("unfinished.json").read_text())
+    assert train.main(["--out", "unfinished", "--resume"]) == 0
+    assert "resumed unfinished at step 21" in capsys.readouterr().out
+    rows = [json.loads(line) for line in Path("unfinished/metrics.jsonl").open()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses == pytest.approx(expected["losses"], abs=1e-5)
+    assert [row["step"] for row in rows if "teacher" in row] == expected["teachers"]
+    result = json.loads(Path("unfinished/result.json").read_text())
+    for name in ("metrics", "best", "achieved_density"):
+        assert result[name] == expected[name]

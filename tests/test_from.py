@@ -14,15 +14,16 @@ import prune
 import train
 from tools import report
 
-METHODS = ("smp-s", "movement", "pins")
+METHODS = {"smp-s": {}, "movement": {}, "pins": {"pins_window": 2}}  # and their own options
+STEPS = {"max_steps": 13}  # an epoch
 
 
 @pytest.fixture(scope="module")
 def halves(tiny, tmp_path_factory):
     """A folder with a finished run at density 0.5 of each method."""
     folder = tmp_path_factory.mktemp("halves")
-    for method in METHODS:
-        options = {"method": method, "density": 0.5, "pins_window": 2, "lr": 1e-3, "dropout": 0}
+    for method, own in METHODS.items():
+        options = {"method": method, "density": 0.5, "lr": 1e-3, "dropout": 0, **own, **STEPS}
         run(tiny, folder / method, **options, teacher="none")
     return folder
 
@@ -37,7 +38,8 @@ def zeros(out):
 def test_prune_further(method, tiny, halves, tmp_path):
     """The ramp starts at the density of the first run, with its scores, and ends at the new one."""
     out = tmp_path / "run"
-    options = {"method": method, "density": 0.3, "pins_window": 2, "hold": 0, "teacher": "none"}
+    options = {"method": method, "density": 0.3, "hold": 0, "teacher": "none"}
+    options |= METHODS[method] | STEPS
     result = run([*tiny, "--from", str(halves / method)], out, **options)
     assert result["achieved_density"] == pytest.approx(0.3, abs=0.005)
     assert rows(out)[0]["density"] == pytest.approx(0.5, abs=0.005)
@@ -56,7 +58,7 @@ def test_prune_further(method, tiny, halves, tmp_path):
 def test_fixed(method, tiny, halves, tmp_path, capsys):
     """Zeros stay zero, to the last one, and what is kept is trained; a resume changes nothing."""
     out = tmp_path / "run"
-    options = {"method": "fixed", "lr": 1e-3, "eval_every": 5}
+    options = {"method": "fixed", "lr": 1e-3, "eval_every": 5} | STEPS
     flags = [*tiny, "--from", str(halves / method)]
     result = run(flags, out, **options)
     before = zeros(halves / method)
@@ -77,7 +79,7 @@ def test_fixed(method, tiny, halves, tmp_path, capsys):
     again = tmp_path / "again"
     argv = [*flags, *flags_of(**options), "--out", str(again)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prune.Fixed, "update", interrupted_at(10, prune.Fixed.update))
+        patch.setattr(prune.Fixed, "update", interrupted_at(7, prune.Fixed.update))
         assert train.main(argv) != 0
     assert train.main(["--out", str(again), "--resume"]) == 0
     same(out, again)
@@ -86,12 +88,12 @@ def test_fixed(method, tiny, halves, tmp_path, capsys):
 def test_pruning_further_resumes(tiny, halves, tmp_path):
     """A run that prunes further, interrupted after it has zeroed more, ends as an unbroken one."""
     options = {"method": "pins", "density": 0.3, "pins_window": 2, "hold": 0, "lr": 1e-3}
-    options |= {"ramp": 0.8, "eval_every": 5, "dropout": 0}
+    options |= {"ramp": 0.8, "eval_every": 5, "dropout": 0} | STEPS
     flags = [*tiny, "--from", str(halves / "pins")]
     run(flags, tmp_path / "whole", **options)
     again = tmp_path / "again"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prune.Pins, "update", interrupted_at(13, prune.Pins.update))
+        patch.setattr(prune.Pins, "update", interrupted_at(7, prune.Pins.update))
         assert train.main([*flags, *flags_of(**options), "--out", str(again)]) != 0
     assert train.main(["--out", str(again), "--resume"]) == 0
     same(tmp_path / "whole", again)

@@ -10,20 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-import eval as evaluation
-from model import MATRICES, Bert, BertConfig, load_model, task_loss
-from prune import (
-    METHODS,
-    HardConcreteLinear,
-    MaskedLinear,
-    add_penalty,
-    cubic_at,
-    distill,
-    self_distill,
-)
-from train import lr_at
+from data import TASKS, kind_of
+from kinds.classify import Classify
+from kinds.score import Score
+from model import MATRICES, Bert, BertConfig
+from models.checkpoint import load_model
+from models.teacher import distill, self_distill
+from prune import METHODS, HardConcreteLinear, MaskedLinear, add_penalty
+from support.schedules import cubic_at, lr_at
 
 GOLDEN = Path(__file__).parent / "golden"
+KIND = kind_of(TASKS["mnli"])  # classes
 
 
 def golden(name):
@@ -103,7 +100,7 @@ def test_smp_run(name):
         method.update(step)
         inputs, labels, teacher = batch(step)
         logits = model(**inputs)
-        ce = task_loss(logits, labels, 0, 1)
+        ce = KIND.losses(logits, labels)
         loss = ce
         if "kd" in name:
             loss = distill(ce, logits, teacher.double())
@@ -292,7 +289,7 @@ def test_self_regularisation(classes):
         name: torch.from_numpy(expected[f"{classes}/{name}"])
         for name in ("student", "teacher", "labels")
     }
-    ce = task_loss(read["student"], read["labels"], 0, 1)
+    ce = KIND.losses(read["student"], read["labels"])
     losses = self_distill(ce, read["student"], read["teacher"])
     alpha, distilled = expected[f"{classes}/alpha"], expected[f"{classes}/distill"]
     assert np.abs(ce.numpy() - expected[f"{classes}/ce"]).max() < 1e-6
@@ -304,10 +301,11 @@ def test_self_regularisation(classes):
 
 
 def test_glue_metrics():
-    """Each metric of eval.py has the value that the GLUE metric code gave."""
+    """Each metric of classes and of scores has the value that the GLUE metric code gave."""
+    metrics = Classify.metrics | Score.metrics
     expected = golden("glue_metrics")
     for key in expected.files:
         group, name = key.split("/")
-        if name in evaluation.METRICS:
-            ours = evaluation.METRICS[name](expected[f"{group}/preds"], expected[f"{group}/labels"])
+        if name in metrics:
+            ours = metrics[name](expected[f"{group}/preds"], expected[f"{group}/labels"])
             assert abs(ours - expected[key]) < 1e-9, key

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from data import IGNORED, Dataset
+import data
+from kinds.classify import IGNORED
 from tools import gradients
 
 
@@ -15,7 +16,8 @@ def test_labels_are_dealt_out_anew():
     labels = np.array([0, IGNORED, 1, 2, IGNORED, 3, 4, 5])
     lengths = np.array([5, 3])
     second = lengths.astype(np.int32)
-    tags = Dataset(np.arange(8, dtype=np.int32), lengths, second, labels, kind="tag")
+    kind = data.kind_of(data.Task(name="t", folder="t", kind="tag", labels=("O", "B-A", "I-A")))
+    tags = data.Dataset(kind, np.arange(8, dtype=np.int32), lengths, second, labels)
     dealt = gradients.dealt(tags, seed=0).labels
     assert sorted(dealt) == sorted(labels) and (dealt != labels).any()
     assert ((dealt == IGNORED) == (labels == IGNORED)).all()

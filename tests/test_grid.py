@@ -1,6 +1,7 @@
 """tools/grid.py makes the runs of a small file, once each, and never counts one that failed."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,8 +10,9 @@ import time
 import pytest
 
 from conftest import ROOT
+from support.terminal import parse_settings
 from tools import grid
-from tools.record import read_record
+from tools.record import read_record, write_record
 from train import Settings
 
 
@@ -136,6 +138,45 @@ def test_what_is_finished_is_skipped(made, capsys):
         before = signal.getsignal(signal.SIGTERM)
         assert main(file, out) == 0
         assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_recorded_run_is_finished_where_its_folder_is_gone(tmp_path, monkeypatch, capsys):
+    """A record holds no absolute path, but the line of the grid may: it stands for the same run.
+
+    The paths are a folder below that of a variable, one that no variable holds, and a teacher.
+    """
+    monkeypatch.setenv("TINY", "/home/me/tiny")
+    flags = "--task cola --method smp-s --model {model} --teacher {teacher}"
+    cases = [
+        ("$TINY/model", "none", "$TINY/model", "none"),
+        ("/home/me/tiny/model", "none", "$TINY/model", "none"),
+        ("/elsewhere/model", "/elsewhere/run", "model", "run"),
+        ("$TINY", "self:/abs/run", "$TINY", "self:run"),
+    ]
+    lines = []
+    runs = {}
+    for i, (model, teacher, _, _) in enumerate(cases):
+        lines.append(f"r{i} 1 {flags.format(model=model, teacher=teacher)}\n")
+        line = os.path.expandvars(lines[-1].split(maxsplit=2)[2])
+        settings = parse_settings(Settings, "", line.split()) | {"regression": "interpolate"}
+        assert os.path.isabs(settings["model"])
+        metrics = {"metrics": {"matthews": 0.5}}
+        result = {"task": "cola", "method": "smp-s", "density": 0.1, "achieved_density": 0.1}
+        result |= metrics | {"best": metrics, "epochs": 1, "train_seconds": 1.0}
+        runs[f"r{i}"] = (result, settings)
+    out = tmp_path / "out"
+    write_record(out / "grid.jsonl", {}, runs)
+    known = read_record(out / "grid.jsonl")
+    for (_, settings), (_, _, *recorded) in zip(known.values(), cases):
+        assert [settings["model"], settings["teacher"]] == recorded
+    (tmp_path / "grid").write_text("".join(lines))
+    assert grid.main([str(tmp_path / "grid"), "--out", str(out), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "4 runs, 4 of them finished; planned for the others: 0.00 core-hours" in shown
+    other = lines[2].replace("/elsewhere/run", "/elsewhere/another")
+    (tmp_path / "grid").write_text(other)
+    assert grid.main([str(tmp_path / "grid"), "--out", str(out), "--dry-run"]) == 2
+    assert "the record of r2 has teacher run" in capsys.readouterr().err
 
 
 def test_other_flags_are_refused(made, tmp_path, capsys):

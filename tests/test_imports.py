@@ -1,35 +1,27 @@
-"""Imports run one way: tools/common, data, then model and prune, eval, train, the other tools."""
+"""Imports run one way: support, then prune and kinds, data, model, models, eval, train, tools."""
 
 import ast
-from pathlib import Path
+import subprocess
+import sys
 
-ROOT = Path(__file__).parent.parent
+from conftest import ROOT
 
-# What each file may import of ours. prune.py knows none of the others.
-BASE = {"tools.common", "tools.fetch"}
-ALL = {"data", "model", "prune", "eval", "train", "tools.sizes", *BASE}
-MAY_IMPORT = {
-    "tools/common": set(),
-    "tools/fetch": {"tools.common"},
-    "tools/sizes": {"prune"},
-    "tools/timing": set(),
-    "tools/selection": set(),
-    "tools/cost": set(),
-    "data": BASE,
-    "model": {"data", *BASE},
-    "prune": {"tools.selection"},
-    "eval": {"data", "model", "prune", "tools.sizes", *BASE},
-    "train": {"data", "model", "prune", "eval", *BASE},
-    "tools/record": {"tools.common"},
-    "tools/report": {"tools.record", *ALL} - {"train"},
-    "tools/compare": {"tools.common", "tools.report"},
-    "tools/grid": {"tools.common", "tools.record"},  # and the module of --program
-    "tools/gradients": {"data", "model", "tools.common", "train"},
-    "tools/variants": {"tools.selection", "prune", "train"},
-    "tools/masks": ALL,
-    "tools/deploy": {"tools.timing", "tools.masks", *ALL},
-    "tools/bench": {"tools.timing", "tools.deploy", "tools.selection", "tools.cost", *ALL},
-}
+# The floors of the house, from the ground up. A file imports files of lower floors and, in a folder
+# of several files, of its own. prune.py and kinds/ do not know each other.
+FLOORS = [("support",), ("prune", "kinds"), ("data",), ("model",), ("models",), ("eval",)]
+FLOORS += [("train",), ("tools",)]
+NEEDS = {"prune": {"support"}, "kinds": {"support"}, "model": set()}
+
+
+def files():
+    """{module: path} of all files of the program."""
+    found = {}
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]:
+        place = path.relative_to(ROOT).with_suffix("")
+        if place.parts[0] not in ("tests", "demo"):
+            name = ".".join(place.parts).removesuffix(".__init__")
+            found[name] = path
+    return found
 
 
 def imports(path):
@@ -44,21 +36,69 @@ def imports(path):
     return found
 
 
+def graph():
+    """{module: the modules of ours that it imports}."""
+    ours = files()
+    return {name: imports(path) & ours.keys() - {name} for name, path in ours.items()}
+
+
 def test_imports_run_one_way():
-    ours = {name.replace("/", ".") for name in MAY_IMPORT}
-    for name, allowed in MAY_IMPORT.items():
-        used = imports(ROOT / f"{name}.py") & ours
-        assert used <= allowed, (name, used - allowed)
+    """No file imports one of a higher floor."""
+    level = {name: i for i, names in enumerate(FLOORS) for name in names}
+    for name, imported in graph().items():
+        floor = name.split(".")[0]
+        for other in imported:
+            below = other.split(".")[0]
+            assert level[below] < level[floor] or below == floor, (name, other)
+            if floor in NEEDS:
+                assert below in NEEDS[floor] | {floor}, (name, other)
 
 
-def test_every_file_is_in_the_table():
-    files = {path.stem for path in ROOT.glob("*.py")}
-    files |= {f"tools/{path.stem}" for path in (ROOT / "tools").glob("*.py")}
-    assert files - {"tools/__init__"} == MAY_IMPORT.keys()
+def test_there_is_no_circle():
+    """The files can be put in an order in which each imports only those before it."""
+    left = graph()
+    # A package imports its files, and they name the package when they import each other.
+    left = {name: others - {name.split(".")[0]} for name, others in left.items()}
+    while left:
+        free = [name for name, others in left.items() if not others & left.keys()]
+        assert free, left
+        left = {name: others for name, others in left.items() if name not in free}
+
+
+def test_no_import_of_ours_is_hidden_in_a_function():
+    for path in files().values():
+        top = {id(node) for node in ast.parse(path.read_text(encoding="utf-8")).body}
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        top = {id(node) for node in tree.body}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and id(node) not in top:
+                assert node.module.split(".")[0] not in {f for names in FLOORS for f in names}, path
+
+
+def test_the_ground_floor_needs_no_torch():
+    """The terminal, files and downloads are imported without torch."""
+    code = "import sys, support.terminal, support.files, support.fetch; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_only_a_kind_knows_its_name():
+    """Outside kinds/, only the rows of TASKS and the recipes name a kind of task.
+
+    models/ writes "score" as the name of an output, which is no kind.
+    """
+    names = {"classify", "score", "span", "tag"}
+    for name, path in files().items():
+        if name.startswith(("kinds", "models")) or name in ("data", "support.recipes"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant):
+                assert node.value not in names, (name, node.lineno)
 
 
 def test_prune_knows_nothing_of_bert():
     """prune.py asks a model for its layers and matrices, and never walks into BERT itself."""
-    source = (ROOT / "prune.py").read_text(encoding="utf-8")
-    for name in ("bert.", "encoder[", ".config", "attention.", "hidden_size"):
-        assert name not in source, name
+    for path in (ROOT / "prune.py", ROOT / "support/patterns.py", ROOT / "support/matrices.py"):
+        source = path.read_text(encoding="utf-8")
+        for name in ("bert.", "encoder[", ".config", "attention.", "hidden_size", '"Q', "QKVO"):
+            assert name not in source, (path, name)

@@ -11,19 +11,29 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 from test_errors import refused
 from test_train import flags_of, interrupted_at, result_of, run, same
 
 import data
 import eval as evaluation
-import model as bert
 import prune
 import train
-from data import UserError, get_task, load_dataset, load_tokenizer
-from tools import deploy, fetch, report
+from data import get_task, load_dataset
+from kinds import span, tag
+from kinds.classify import IGNORED
+from models.checkpoint import load_model, save_model
+from models.runs import load_run
+from models.teacher import Teacher
+from models.tokenizer import load_tokenizer, word_ids
+from support import fetch
+from support.files import atomic_write
+from support.terminal import UserError, show
+from tools import deploy, report
 
 CPU = torch.device("cpu")
 KINDS = ("span", "tag")
+METRICS = span.Span.metrics | tag.Tag.metrics
 SQUAD_DIR = os.environ.get("SQUAD_DIR", "")
 CONLL_DIR = os.environ.get("CONLL_DIR", "")
 BERT_DIR = os.environ.get("BERT_DIR", "")
@@ -63,8 +73,8 @@ ANSWERS = [
 
 def test_exact_match_and_f1():
     """The metrics of each corner case, and their mean over all of them."""
-    em = evaluation.TEXT_METRICS["em"]
-    f1 = evaluation.TEXT_METRICS["f1"]
+    em = METRICS["em"]
+    f1 = METRICS["f1"]
     gold = []
     for number, (text, answers, exact, overlap) in enumerate(ANSWERS):
         right = (str(number), [(answer, 0) for answer in answers])
@@ -91,15 +101,15 @@ def test_entities():
     """Where entities begin and end; the end of a sentence ends one."""
     sentences = [tags.split() for tags, _ in TAGGED]
     expected = {(i, *entity) for i, (_, found) in enumerate(TAGGED) for entity in found}
-    assert evaluation.entities(sentences) == expected
+    assert tag.entities(sentences) == expected
     gold = [["B-A", "I-A", "O", "B-B"]]
     predicted = [["B-A", "O", "O", "B-B"]]
     for name, value in (("precision", 0.5), ("recall", 0.5), ("f1", 0.5)):
-        assert evaluation.TEXT_METRICS[f"entity_{name}"](predicted, gold) == value
+        assert METRICS[f"entity_{name}"](predicted, gold) == value
     predicted = [["O", "B-A", "O", "B-B"], []]
-    assert evaluation.TEXT_METRICS["entity_precision"](predicted, [*gold, []]) == 0.5
+    assert METRICS["entity_precision"](predicted, [*gold, []]) == 0.5
     for name in ("precision", "recall", "f1"):
-        assert evaluation.TEXT_METRICS[f"entity_{name}"]([["O"]], [["O"]]) == 0.0
+        assert METRICS[f"entity_{name}"]([["O"]], [["O"]]) == 0.0
 
 
 @pytest.mark.real
@@ -116,7 +126,7 @@ def test_entity_metrics_are_those_of_seqeval():
         said = [tag if rng.random() < 0.7 else tags[rng.integers(7)] for tag in right]
         gold.append(right)
         predicted.append(said)
-    ours = evaluation.TEXT_METRICS
+    ours = METRICS
     assert ours["entity_f1"](predicted, gold) == pytest.approx(seqeval.f1_score(gold, predicted))
     theirs = seqeval.precision_score(gold, predicted)
     assert ours["entity_precision"](predicted, gold) == pytest.approx(theirs)
@@ -132,6 +142,11 @@ def test_entity_metrics_are_those_of_seqeval():
 # files
 
 
+def invented(kind, labels=("start", "end")):
+    """The kind, as an object, of a task that has no files."""
+    return data.kind_of(data.Task(name="t", folder="t", kind=kind, labels=labels))
+
+
 QUESTION = {"id": "q", "question": "who", "answers": [{"text": "cat", "answer_start": 4}]}
 
 
@@ -140,8 +155,7 @@ def squad(*questions, context="The cat."):
 
 
 def read_squad(text, split="train"):
-    task = data.Task(name="t", folder="t", kind="span", labels=("start", "end"))
-    return data.read_split(task, split, "FILE", text.encode())
+    return data.read_split(invented("span").task, split, "FILE", text.encode())
 
 
 def test_squad_file():
@@ -181,8 +195,7 @@ def test_mistakes_in_a_squad_file(text, message):
 
 
 def read_conll(text, labels=("O", "B-A", "I-A", "B-B", "I-B")):
-    task = data.Task(name="t", folder="t", kind="tag", labels=labels)
-    return data.read_split(task, "train", "FILE", text.encode())
+    return data.read_split(invented("tag", labels).task, "train", "FILE", text.encode())
 
 
 def test_conll_file():
@@ -329,8 +342,8 @@ def test_windows(tokenizer, length):
     - The label of a window is its whole answer or, where that is not in it, position 0.
     """
     texts, gold = long_questions(np.random.default_rng(length), 40, 3 * length)
-    arrays = data.encode_windows(texts, gold, tokenizer, length)
-    dataset = data.Dataset(**arrays, max_length=length, kind="span")
+    arrays = span.encode_windows(texts, gold, tokenizer, length)
+    dataset = data.Dataset(invented("span"), **arrays, max_length=length)
     assert dataset.lengths.max() <= length
     answered = 0
     for i, ((question, context), (_, [(answer, start)])) in enumerate(zip(texts, gold)):
@@ -362,7 +375,7 @@ def test_windows(tokenizer, length):
     assert answered >= 20
     texts[7] = (" ".join(["w1"] * (length - 3)), "w2")
     with pytest.raises(UserError, match=f'question "7": its {length - 3} tokens leave no room'):
-        data.encode_windows(texts, gold, tokenizer, length)
+        span.encode_windows(texts, gold, tokenizer, length)
 
 
 def test_words(tmp_path, tiny, kinds, capsys):
@@ -373,18 +386,18 @@ def test_words(tmp_path, tiny, kinds, capsys):
     tokenizer = load_tokenizer(tmp_path, 100)
     texts = [["abb", "\u200b", "c"], ["c", "ab"]]
     gold = [["B-A", "O", "I-A"], ["O", "B-A"]]
-    arrays = data.encode_words(texts, gold, ["O", "B-A", "I-A"], tokenizer, 8)
+    arrays = tag.encode_words(texts, gold, ["O", "B-A", "I-A"], tokenizer, 8)
     dropped = -100
     assert arrays["lengths"].tolist() == [6, 5]
     assert arrays["places"].tolist() == [-1, 0, -1, -1, 2, -1, -1, 0, 1, -1, -1]
     labels = [dropped, 1, dropped, dropped, 2, dropped, dropped, 0, 1, dropped, dropped]
     assert arrays["labels"].tolist() == labels
-    task = data.Task(name="t", folder="t", kind="tag", labels=("O", "B-A", "I-A"))
-    dataset = data.make_dataset(task, (texts, gold), arrays, 8)
+    kind = invented("tag", ("O", "B-A", "I-A"))
+    dataset = data.make_dataset(kind, (texts, gold), arrays, 8)
     said = capsys.readouterr().err
     assert "warning: words of t without a token in --max-length 8: 1; they count" in said
     classes = np.array([9, 1, 9, 9, 2, 9, 9, 0, 1, 9, 9])
-    tags = evaluation.tags_of_words(task.labels, classes, dataset)
+    tags = tag.tags_of_words(kind.task.labels, classes, dataset)
     assert tags == [["B-A", "O", "I-A"], ["O", "B-A"]]  # the word without a token is O
     assert dataset.decision_counts.tolist() == [2, 2]
 
@@ -406,6 +419,7 @@ def test_best_answers():
         if trial % 3 == 0:
             logits[3, 0] = logits[52, 1] = 50.0  # too far apart
         dataset = data.Dataset(
+            invented("span"),
             np.zeros(108, np.int32),
             lengths,
             np.full(2, 3),
@@ -420,7 +434,7 @@ def test_best_answers():
                     total = logits[offset + i, 0] + logits[offset + j, 1]
                     if total > best[0]:
                         best = (total, context[part[i, 0] : part[j, 1]])
-        assert evaluation.best_answers(logits, dataset) == ["", best[1]]
+        assert span.best_answers(logits, dataset) == ["", best[1]]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -428,11 +442,11 @@ def test_best_answers():
 
 
 def batch_of(kind, kinds, tokenizer, length=24, size=6):
-    """The task and the data set of a kind, and the rows of a batch of unequal lengths."""
+    """The data set of a kind, and the rows of a batch of unequal lengths."""
     task = get_task(None, kinds[kind])
     dataset = load_dataset(task, "train", tokenizer, length, Path(kinds[kind]).parent)
     order = np.argsort(dataset.lengths, kind="stable")
-    return task, dataset, order[:: len(order) // size][:size]
+    return dataset, order[:: len(order) // size][:size]
 
 
 def losses_by_definition(kind, dataset, rows, student, teacher, mode):
@@ -471,10 +485,11 @@ def test_loss_and_gradients(kind, mode, kinds, tiny, tokenizer):
 
     So they are with 100 more positions of padding, in micro-batches, and as the mean of two ranks.
     """
-    task, dataset, rows = batch_of(kind, kinds, tokenizer)
-    words = data.word_ids(tokenizer, task.words)
-    net = bert.load_model(tiny[1], "words", words=words, dropout=0.0, kind=kind)
-    other = bert.load_model(tiny[1], "classifier", len(words), seed=3, kind=kind).eval()
+    dataset, rows = batch_of(kind, kinds, tokenizer)
+    form = dataset.kind.form
+    words = word_ids(tokenizer, dataset.kind.task.words)
+    net = load_model(tiny[1], "words", words=words, dropout=0.0, form=form)
+    other = load_model(tiny[1], "classifier", len(words), seed=3, form=form).eval()
     assert dataset.lengths[rows].min() < dataset.lengths[rows].max()
     torch.manual_seed(0)
     positions = net.embeddings.position_embeddings  # room for padding
@@ -484,9 +499,9 @@ def test_loss_and_gradients(kind, mode, kinds, tiny, tokenizer):
             torch.nn.init.normal_(linear.scores)
             linear.mask.copy_(linear.scores > 0)
     scores = [p for p in net.parameters() if p.requires_grad]
-    teacher = evaluation.Teacher({"distill": "RUN", "self": "self", "none": "none"}[mode])
+    teacher = Teacher({"distill": "RUN", "self": "self", "none": "none"}[mode])
     if mode != "none":
-        teacher.table = 5 * evaluation.predict(other, dataset, CPU, "fp32")
+        teacher.table = 5 * dataset.kind.teach(other, dataset, CPU, "fp32")
     taught = {row: (5 * alone(other, dataset, row)).detach() for row in rows}
 
     student = {row: alone(net, dataset, row) for row in rows}
@@ -497,18 +512,15 @@ def test_loss_and_gradients(kind, mode, kinds, tiny, tokenizer):
         """The loss and gradients of the program, for micro-batches [(rows, factor)]."""
         total = 0.0
         for part, factor in parts:
-            batch = pad(data.collate(dataset, part), padding)
-            inputs = bert.inputs(batch, CPU)
-            mask = inputs["attention_mask"]
-            logits, most = bert.decisions(kind, net(**inputs), mask)
-            losses = bert.task_loss(logits, batch["labels"], 0, 1)
-            losses = teacher.losses(task, losses, logits, most, batch, mask)
+            batch = pad(dataset.collate(part), padding)
+            decided = dataset.kind.decide(net, batch, CPU, "fp32")
+            losses = teacher.losses(dataset.kind, decided)
             total = total + losses.sum() * factor
         return float(total.detach()), torch.autograd.grad(total, scores)
 
     count = dataset.decision_counts[rows].sum()
     ways = {
-        "whole": gradients(data.micro_batches(rows, count, 0, 1, 1)),
+        "one batch": gradients(data.micro_batches(rows, count, 0, 1, 1)),
         "padded": gradients(data.micro_batches(rows, count, 0, 1, 1), padding=100),
         "micro-batches": gradients(data.micro_batches(rows, count, 0, 1, 4)),
     }
@@ -533,7 +545,7 @@ def pad(batch, more):
     batch = dict(batch)
     fills = {"input_ids": 0, "token_type_ids": 0, "attention_mask": False}
     if batch["labels"].shape == batch["rows"].shape:
-        fills["labels"] = data.IGNORED
+        fills["labels"] = IGNORED
     fills["rows"] = -1
     for name, fill in fills.items():
         batch[name] = F.pad(batch[name], (0, more), value=fill)
@@ -548,15 +560,16 @@ def pad(batch, more):
 def finished(tiny, kinds, tmp_path_factory):
     """A folder with finished runs KIND-METHOD of the methods dense and smp-s."""
     folder = tmp_path_factory.mktemp("finished")
+    of_method = {
+        "dense": {"lr": 4e-3, "max_steps": 100},
+        "smp-s": {"density": 0.3, "max_steps": 40},
+    }
     for kind in KINDS:
-        for method in ("dense", "smp-s"):
-            flags = [*tiny, "--task-file", kinds[kind], "--max-steps", "60", "--density", "1"]
-            if method == "smp-s":
-                flags[-1] = "0.3"
-            options = {"method": method, "lr": 2e-3, "dropout": 0}
-            result = run(flags, folder / f"{kind}-{method}", **options)
+        for method, options in of_method.items():
+            flags = [*tiny, "--task-file", kinds[kind], "--dropout", "0"]
+            result = run(flags, folder / f"{kind}-{method}", method=method, **options)
             main_metric = list(result["metrics"].values())[0]
-            assert main_metric > 0.02, result["metrics"]  # so that equal metrics mean something
+            assert 0.02 < main_metric < 0.98, result["metrics"]  # so that equal ones mean something
     return folder
 
 
@@ -565,20 +578,25 @@ def finished(tiny, kinds, tmp_path_factory):
 def test_every_method_runs(kind, method, tiny, kinds, tmp_path):
     """Each method trains on each kind of task, with a teacher, and its loss stays finite."""
     out = tmp_path / "run"
-    flags = [*tiny, "--task-file", kinds[kind], "--max-steps", "5", "--ramp", "0.2"]
-    options = {"method": method, "hold": 0, "pins_window": 1, "eval_every": 2, "teacher": "self"}
+    flags = [*tiny, "--task-file", kinds[kind], "--max-steps", "3"]
+    own = {"hold": 0, "ramp": 0.2, "pins_window": 1}
+    options = {name: own[name] for name in own.keys() & prune.METHODS[method].uses}
+    options |= {"method": method, "eval_every": 2, "teacher": "self"}
     result = run(flags, out, **options)
+    log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in log if "loss" in row]
+    assert len(losses) == 3 and np.isfinite(losses).all()
+    assert [row["step"] for row in log if "teacher" in row] == [2]  # it teaches in the last step
     metrics = {"span": ["f1", "em"], "tag": ["entity_f1", "entity_recall"]}[kind]
     assert list(result["metrics"]) == metrics
     assert evaluation.main([str(out)]) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_tiny_model_learns(kind, tiny, kinds, tmp_path):
+def test_a_tiny_model_learns(kind, finished):
     """Dense fine-tuning gets far above chance on the invented task of each kind."""
-    flags = [*tiny, "--task-file", kinds[kind], "--max-steps", "150", "--dropout", "0"]
-    result = run(flags, tmp_path / "run", method="dense", lr=2e-3)
-    assert result["metrics"]["f1" if kind == "span" else "entity_f1"] > 0.5, result["metrics"]
+    metrics = result_of(finished / f"{kind}-dense")["metrics"]
+    assert metrics["f1" if kind == "span" else "entity_f1"] > 0.5, metrics
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -600,7 +618,7 @@ def test_resume_with_a_teacher(kind, tiny, kinds, tmp_path, capsys):
         assert train.main(argv) != 0
     (table,) = again.glob("teacher-*.safetensors")
     whole = table.read_bytes()
-    other = bert.to_safetensors({"teacher": 0 * load_file(table)["teacher"]})
+    other = to_safetensors({"teacher": 0 * load_file(table)["teacher"]})
     for damaged in (whole[:-1], b"", other):
         table.write_bytes(damaged)
         refused(capsys, [*argv, "--resume"], f"{table}: missing or damaged")
@@ -623,7 +641,7 @@ def test_scores_of_predictions(kind, method, finished, tmp_path, capsys):
     capsys.readouterr()
     score = ["--score", str(path), "--task-file", task_file]
     assert evaluation.main(score) == 0
-    reported = evaluation.show(result_of(out)["metrics"])
+    reported = show(result_of(out)["metrics"])
     assert capsys.readouterr().out == f"{path}: {reported}\n"
     refused(capsys, argv, "is there already", main=evaluation.main)
     text = path.read_text()
@@ -657,7 +675,7 @@ def test_scores_of_glue_predictions(tiny, finished, tmp_path, capsys):
     capsys.readouterr()
     score = ["--score", str(path), "--task-file", tiny[3]]
     assert evaluation.main(score) == 0
-    assert capsys.readouterr().out == f"{path}: {evaluation.show(result_of(out)['metrics'])}\n"
+    assert capsys.readouterr().out == f"{path}: {show(result_of(out)['metrics'])}\n"
     lines = path.read_text().splitlines(keepends=True)
     for changed, message in (
         (lines[:-1], "said.tsv: near line 61: found 'no line', expected '59'"),
@@ -702,18 +720,18 @@ def test_shipping(kind, finished, kinds, tiny, tmp_path, capsys):
     """A mask file, a compact folder and CSR have the metrics of the run; an export its logits."""
     for method in ("dense", "smp-s"):
         out = finished / f"{kind}-{method}"
-        reported = evaluation.show(result_of(out)["metrics"])
+        reported = show(result_of(out)["metrics"])
         folder = tmp_path / f"compact-{method}"
         capsys.readouterr()
-        assert deploy.main([str(out), "--compact", str(folder)]) == 0
+        assert deploy.main(["compact", str(out), str(folder)]) == 0
         assert f"after: {reported}" in capsys.readouterr().out
-        assert deploy.main([str(folder), "--evaluate"]) == 0
+        assert deploy.main(["evaluate", str(folder)]) == 0
         assert reported in capsys.readouterr().out
-        assert deploy.main([str(out), "--sparse", "--no-check"]) == 0
+        assert deploy.main(["sparse", str(out), "--no-check"]) == 0
         assert reported in capsys.readouterr().out
     mask = tmp_path / "mask"
-    assert deploy.main([str(finished / f"{kind}-smp-s"), "--save-mask", str(mask)]) == 0
-    argv = ["--model", tiny[1], "--task-file", kinds[kind], "--mask", str(mask)]
+    assert deploy.main(["save-mask", str(finished / f"{kind}-smp-s"), str(mask)]) == 0
+    argv = ["masks", tiny[1], str(mask), "--task-file", kinds[kind]]
     assert deploy.main(argv) == 0
     assert reported in capsys.readouterr().out
 
@@ -722,7 +740,7 @@ def test_shipping(kind, finished, kinds, tiny, tmp_path, capsys):
 def test_reports(kind, finished, tiny, kinds, tmp_path, capsys):
     """A run ranked anew at its own density has its own metrics; a run with a pattern has a row."""
     out = finished / f"{kind}-smp-s"
-    reported = evaluation.show(result_of(out)["metrics"])
+    reported = show(result_of(out)["metrics"])
     assert report.main([str(out), "--density", "0.5", "0.3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].endswith(f": {reported}")
@@ -743,14 +761,14 @@ def test_exports_compute_the_same(kind, mlm, finished, tiny, kinds, tmp_path):
 
     Without an MLM head the rows of its linear layer are the embeddings of the label words.
     """
-    net, task, _, _ = evaluation.load_run(finished / f"{kind}-smp-s")
+    net, task, _, _ = load_run(finished / f"{kind}-smp-s")
     if not mlm:
         shutil.copytree(tiny[1], tmp_path / "base")
         tensors = load_file(tmp_path / "base" / "model.safetensors")
         tensors = {name: t for name, t in tensors.items() if not name.startswith("cls.")}
-        bert.atomic_write(tmp_path / "base" / "model.safetensors", bert.to_safetensors(tensors))
+        atomic_write(tmp_path / "base" / "model.safetensors", to_safetensors(tensors))
         words = net.words.tolist()
-        net = bert.load_model(tmp_path / "base", "words", words=words, kind=kind)
+        net = load_model(tmp_path / "base", "words", words=words, form=net.form)
     deploy.write_export(tmp_path / "out", net, task, tiny[1])
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     trained = {"span": "BertForQuestionAnswering", "tag": "BertForTokenClassification"}[kind]
@@ -758,11 +776,11 @@ def test_exports_compute_the_same(kind, mlm, finished, tiny, kinds, tmp_path):
     ids = torch.randint(5, 60, (3, 11), generator=torch.Generator().manual_seed(0))
     inputs = (ids, torch.ones_like(ids), torch.zeros_like(ids))
     if mlm:
-        loaded = bert.load_model(tmp_path / "out", "words", words=config["label_word_ids"])
+        loaded = load_model(tmp_path / "out", "words", words=config["label_word_ids"])
         logits = loaded.eval().mlm_logits(*inputs)[..., config["label_word_ids"]]
     else:
         count = len(task.labels)
-        loaded = bert.load_model(tmp_path / "out", "classifier", count, new_head=False, kind=kind)
+        loaded = load_model(tmp_path / "out", "classifier", count, new_head=False, form=net.form)
         logits = loaded.eval()(*inputs)
     assert (logits - net.eval()(*inputs)).abs().max() < 1e-6
 
@@ -783,7 +801,7 @@ def test_recipes():
     """The published settings of SQuAD, and those of a task file of the same kind."""
 
     def settings(method, **given):
-        return train.settings_from({"task": "squad", "method": method} | given)
+        return train.settings_from({"model": "x", "task": "squad", "method": method} | given)
 
     smp = settings("smp-s")
     assert (smp.max_length, smp.batch_size, smp.epochs, smp.ramp) == (384, 32, 10, 0.819)
@@ -797,7 +815,7 @@ def test_recipes():
     pins = settings("pins")
     assert (pins.density, pins.beta2, pins.epochs, pins.batch_size) == (0.1, 0.95, 10, 16)
     assert settings("movement").hold == 0.0975
-    tags = train.settings_from({"task": "conll2003", "method": "dense"})
+    tags = train.settings_from({"model": "x", "task": "conll2003", "method": "dense"})
     assert (tags.max_length, tags.lr, tags.batch_size) == (256, 5e-5, 8)
 
 
@@ -831,17 +849,17 @@ def test_real_windows(hf):
     for split, name in (("train", "train-part.json"), ("dev", "dev-part.json")):
         task = real_task(SQUAD_DIR, "span", "train-part.json", "dev-part.json")
         text = Path(task.files[split]).read_bytes()
-        span = data.Task(name="s", folder="s", kind="span", labels=("start", "end"))
-        texts, gold = data.read_split(span, split, name, text)
+        kind = invented("span")
+        texts, gold = data.read_split(kind.task, split, name, text)
         tokenizer = load_tokenizer(BERT_DIR, 30522)
-        arrays = data.encode_windows(texts, gold, tokenizer, 384)
+        arrays = span.encode_windows(texts, gold, tokenizer, 384)
         counts[split] = len(arrays["owner"])
         if split == "train":
             chosen = range(0, len(texts), len(texts) // 500)
-            dataset = data.Dataset(**arrays)
+            dataset = data.Dataset(kind, **arrays)
     assert counts == {"train": 9806, "dev": 2373}
     theirs = hf.AutoTokenizer.from_pretrained(BERT_DIR)
-    texts, gold = data.read_split(span, "train", "", Path(task.files["train"]).read_bytes())
+    texts, gold = data.read_split(kind.task, "train", "", Path(task.files["train"]).read_bytes())
     for i in chosen:
         encoded = theirs(
             *texts[i],
@@ -878,11 +896,10 @@ def test_real_classes_of_transformers(kind, hf, tmp_path):
     real = kind_of_model.from_pretrained(BERT_DIR, num_labels=count)
     real.save_pretrained(tmp_path / "real")
     for source in ("small", "real"):
-        net = bert.load_model(
-            tmp_path / source, "classifier", count, new_head=False, kind=kind
-        ).eval()
+        form = data.KINDS[kind].form
+        net = load_model(tmp_path / source, "classifier", count, new_head=False, form=form).eval()
         folder = tmp_path / f"{source}-ours"
-        bert.save_model(folder, net, net.state_dict(), tmp_path / source, labels)
+        save_model(folder, net, net.state_dict(), tmp_path / source, labels)
         for path in (tmp_path / source, folder):
             theirs, info = kind_of_model.from_pretrained(path, output_loading_info=True)
             assert not any(info.values()), info
@@ -909,13 +926,13 @@ def test_real_conll():
         split = "train" if name == "eng.train" else "dev"
         path = fetch.locate(task, split, CONLL_DIR)
         texts, tags = data.read_split(task, split, path, path.read_bytes())
-        entities = evaluation.entities(tags)
+        entities = tag.entities(tags)
         assert (len(texts), sum(map(len, texts)), len(entities)) == expected
 
 
 def test_the_word_tokenizer_is_not_changed(tokenizer):
     """Encoding leaves the settings of the tokenizer as they were."""
     before = tokenizer.to_str()
-    data.encode_windows([("w1", "w2 " * 50)], [("a", [])], tokenizer, 24)
-    data.encode_words([["w1"]], [["O"]], ["O"], tokenizer, 8)
+    span.encode_windows([("w1", "w2 " * 50)], [("a", [])], tokenizer, 24)
+    tag.encode_words([["w1"]], [["O"]], ["O"], tokenizer, 8)
     assert tokenizer.to_str() == before

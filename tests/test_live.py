@@ -20,7 +20,10 @@ from test_errors import refused
 import data
 import eval as evaluation
 import train
-from tools import common, deploy, fetch, report
+from kinds import classify, span, text
+from models import resume
+from support import fetch, terminal
+from tools import deploy, pictures, report
 
 ROOT = Path(train.__file__).parent
 
@@ -87,7 +90,7 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch, capsys):
     Work that is over sooner shows nothing.
     """
     now = [100.0]
-    bar = common.live("work", 60)
+    bar = terminal.live("work", 60)
     bar._time = lambda: now[0]
     bar.start_t = bar.last_print_t = now[0]
     for _ in range(60):
@@ -97,18 +100,18 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3  # in 102 seconds
     assert all(re.fullmatch(r"work: +\d+%\|.*\| \d+/60 \[\d\d:\d\d<\d\d:\d\d\]", x) for x in lines)
-    with common.live("quick", 3) as bar:
+    with terminal.live("quick", 3) as bar:
         bar.update(3)
     assert capsys.readouterr().err == ""
 
 
 def test_only_rank_0_shows_it(monkeypatch):
     monkeypatch.setenv("RANK", "1")  # it means nothing without a WORLD_SIZE
-    assert not common.live("work", 3).disable
+    assert not terminal.live("work", 3).disable
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert common.live("work", 3).disable
+    assert terminal.live("work", 3).disable
     monkeypatch.setenv("RANK", "0")
-    assert not common.live("work", 3).disable
+    assert not terminal.live("work", 3).disable
 
 
 def test_every_long_work_is_shown(tiny, tmp_path, monkeypatch):
@@ -119,11 +122,11 @@ def test_every_long_work_is_shown(tiny, tmp_path, monkeypatch):
     shown = []
 
     def noted(what, total, **options):
-        bar = common.tqdm(total=total, file=io.StringIO(), **options)
+        bar = terminal.tqdm(total=total, file=io.StringIO(), **options)
         shown.append((what, bar))
         return bar
 
-    for module in (data, evaluation, train):
+    for module in (classify, span, text, train):
         monkeypatch.setattr(module, "live", noted)
     fresh = [*tiny[:5], str(tmp_path / "data"), *tiny[6:]]
     out = tmp_path / "run"
@@ -132,10 +135,42 @@ def test_every_long_work_is_shown(tiny, tmp_path, monkeypatch):
     names = [what for what, _ in shown]
     # two splits; then two evaluations and, after the first, the table of the self-teacher
     assert names == ["tokenise", "tokenise", "train", "predict", "predict", "predict"]
-    argv = ["--compact", str(tmp_path / "small"), "--data-dir", fresh[5], "--device", "cpu"]
-    assert deploy.main([str(out), *argv]) == 0
+    argv = ["compact", str(out), str(tmp_path / "small"), "--data-dir", fresh[5], "--device", "cpu"]
+    assert deploy.main(argv) == 0
     assert [what for what, _ in shown[6:]] == ["predict", "predict"]
     assert all(bar.n == bar.total > 0 for _, bar in shown)
+
+
+def test_speed_is_that_of_training(tiny, tmp_path, monkeypatch):
+    """Evaluations, and the passes of a self-teacher, do not count in the examples per second.
+
+    On the clock of this test a step takes a second, an evaluation a hundred, and a table of the
+    teacher a thousand.
+    """
+    now = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    for module in (train, resume):
+        monkeypatch.setattr(module, "time", clock)
+
+    def lasting(seconds, function):
+        def slow(*args):
+            now[0] += seconds
+            return function(*args)
+
+        return slow
+
+    monkeypatch.setattr(train, "backward", lasting(1, train.backward))
+    monkeypatch.setattr(train, "evaluate", lasting(100, train.evaluate))
+    monkeypatch.setattr(classify.Classify, "teach", lasting(1000, classify.Classify.teach))
+    flags = ["--method", "dense", "--max-steps", "4", "--eval-every", "1", "--teacher", "self"]
+    assert train.main([*tiny, *flags, "--out", str(tmp_path / "run")]) == 0
+    assert now[0] >= 4 + 4 * 100 + 1000
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    speeds = [row["examples_per_second"] for row in rows if "loss" in row]
+    assert speeds == [15.6] * 4  # 203 examples in 13 steps
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["examples_per_second"] == 15.62
+    assert result["train_seconds"] == now[0]
 
 
 class Drip(BaseHTTPRequestHandler):
@@ -193,14 +228,15 @@ def test_dry_run(tiny, tmp_path, monkeypatch, capsys):
     What it prints are flags with which the same settings come out.
     """
     monkeypatch.chdir(tmp_path)
-    argv = ["--task", "rte", "--method", "pins", "--density", "0.3"]
+    argv = ["--model", "x", "--task", "rte", "--method", "pins", "--density", "0.3"]
     assert train.main([*argv, "--dry-run"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     assert max(map(len, out.splitlines())) < 80
-    flags, source = out.removeprefix("settings: ").split(" (what was not given is")
-    assert " ".join(source.split()) == "from the recipe: PINS on RTE)"
-    parse = partial(common.parse_settings, train.Settings, "")
+    said = " ".join(out.split()).removeprefix("settings: ")
+    flags, source = said.split(" (what was not given is ")
+    assert source == "from the recipe: PINS on RTE)"
+    parse = partial(terminal.parse_settings, train.Settings, "")
     again = train.settings_from(parse(flags.split()))
     assert again == train.settings_from(parse(argv))
     assert "--epochs 20" in out
@@ -297,24 +333,24 @@ def test_input_of_lines(made, monkeypatch, capsys):
 
 
 def test_a_compact_folder_is_used(tiny, made, tmp_path, capsys):
-    """--evaluate and --predictions of a compact folder give what the run gives.
+    """Metrics and predictions of a compact folder are what the run gives.
 
     With --no-check the folder is written without a comparison and without times.
     """
     run = made / "pairs"
     folder = tmp_path / "small"
-    assert deploy.main([str(run), "--compact", str(folder), "--no-check"]) == 0
+    assert deploy.main(["compact", str(run), str(folder), "--no-check"]) == 0
     out = capsys.readouterr().out
     assert "differ by" not in out and "times as fast" not in out
     assert "encoder weights" in out
-    argv = [str(folder), "--data-dir", tiny[5], "--device", "cpu"]
-    assert deploy.main([*argv, "--evaluate"]) == 0
+    own = ["--data-dir", tiny[5], "--device", "cpu"]
+    assert deploy.main(["evaluate", str(folder), *own]) == 0
     metrics = json.loads((run / "result.json").read_text())["metrics"]
-    assert capsys.readouterr().out == f"{folder}: pairs, fp32: {evaluation.show(metrics)}\n"
+    assert capsys.readouterr().out == f"{folder}: pairs, fp32: {terminal.show(metrics)}\n"
     paths = [tmp_path / "ours.tsv", tmp_path / "theirs.tsv"]
-    flags = ["--split", "dev", "--predictions"]
-    assert deploy.main([*argv, *flags, str(paths[0])]) == 0
-    assert evaluation.main([str(run), "--data-dir", tiny[5], *flags, str(paths[1])]) == 0
+    flags = ["--split", "dev", "--data-dir", tiny[5], "--device", "cpu"]
+    assert deploy.main(["predict", str(folder), str(paths[0]), *flags]) == 0
+    assert evaluation.main([str(run), "--predictions", str(paths[1]), *flags]) == 0
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
@@ -330,12 +366,12 @@ def test_plots(made, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
 
-    rows = report.read_log(made / "values")
+    rows = pictures.read_log(made / "values")
     assert (rows[0]["step"], rows[0]["density"]) == (0, 1.0)
     rows.append({"step": 4, "density": 0.1, "metrics": {"pearson": -0.4}})
     figure = Figure()
     curves, map_axes = figure.subplots(1, 2)
-    report.draw_curves(curves, rows, "pearson")
+    pictures.draw_curves(curves, rows, "pearson")
     assert curves.get_xlim() == (0, 4)
     assert curves.get_ylim()[0] < -0.4
     loss_axes = figure.axes[-1]
@@ -343,7 +379,7 @@ def test_plots(made, tmp_path, capsys):
     assert loss_axes.yaxis.label.get_color() == loss_axes.lines[0].get_color()
     assert loss_axes.get_legend() is not None
     for densities in (np.full((3, 2), 0.1), np.full((3, 2), 0.7)):
-        report.draw_densities(figure, map_axes, densities, "head", names=range(2))
+        pictures.draw_densities(figure, map_axes, densities, "head", names=range(2))
         assert (map_axes.images[-1].norm.vmin, map_axes.images[-1].norm.vmax) == (0, 1)
         assert all(tick == round(tick) for tick in map_axes.get_yticks())
 
@@ -378,7 +414,7 @@ def test_curves(made, tmp_path, capsys):
     assert report.densities_of_lines(found[:3]) == {
         ("t", "smp-s"): {0.1: [50.0, 70.0], 0.3: [80.0]}
     }
-    assert report.spread([50.0, 70.0]) == pytest.approx(200**0.5)
+    assert pictures.spread([50.0, 70.0]) == pytest.approx(200**0.5)
     runs = [str(made / "pairs"), str(made / "values")]
     assert report.main([*runs, "--curve", str(tmp_path / "curve")]) == 0
     assert "2 tasks" in capsys.readouterr().out

@@ -29,8 +29,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from data import UserError, collate, get_task, load_dataset, load_tokenizer
-from model import attend_with_dropout, load_model, save_model, task_loss, to_value
+from data import Task, get_task, kind_of, load_dataset
+from model import attend_with_dropout
+from models.checkpoint import load_model, save_model
+from models.tokenizer import load_tokenizer
+from support.terminal import UserError
 
 ROOT = Path(__file__).parent.parent
 # tiny-bert has the prefix "bert.", a pooler, and an MLM head without a decoder of its own
@@ -237,10 +240,16 @@ def test_layouts(layout, dtype, shards, tmp_path):
 
 @pytest.mark.parametrize("layout", [as_it_is, no_pooler])
 def test_bare_encoder(layout, tmp_path):
-    """A checkpoint without an MLM head and without the prefix "bert." loads, pooler or not."""
+    """A checkpoint without an MLM head and without the prefix "bert." loads, pooler or not.
+
+    Label words do not read its pooler, which is kept and not trained.
+    """
     state = layout(tensors(without="cls."))
     folder = write(tmp_path, rename(state, ("bert.", "")))
-    assert same(load(folder).state_dict(), state)
+    model = load(folder)
+    assert same(model.state_dict(), state)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == ("pooler" not in name)
 
 
 WEIGHTS = "model.safetensors"
@@ -498,16 +507,23 @@ def test_padding_changes_nothing(head):
     assert (first - padded[:, :1]).abs().max() < 1e-6
 
 
-def test_task_loss():
+def kind_from(low, high):
+    """The kind of a task whose labels are numbers from `low` to `high`."""
+    return kind_of(Task(name="t", folder="t", labels=(), kind="score", low=low, high=high))
+
+
+def test_losses():
     """The loss is the cross-entropy of classes, and the squared error of a single output."""
+    classes = kind_of(Task(name="t", folder="t", labels=("a", "b", "c")))
+    numbers = kind_from(1, 5)
     logits = torch.randn(6, 3)
     labels = torch.tensor([0, 1, 2, 2, 1, 0])
     expected = F.cross_entropy(logits, labels, reduction="none")
-    assert torch.equal(task_loss(logits, labels, 0, 1), expected)
+    assert torch.equal(classes.losses(logits, labels), expected)
     output = torch.randn(6, 1)
     values = torch.linspace(1, 5, 6)
-    assert torch.allclose(task_loss(output, values, 1, 5), (output[:, 0] - values).square())
-    assert torch.equal(to_value(output, 1, 5), output[:, 0])
+    assert torch.allclose(numbers.losses(output, values), (output[:, 0] - values).square())
+    assert torch.equal(numbers.to_value(output), output[:, 0])
 
 
 @pytest.mark.parametrize("low, high", [(0, 5), (1, 5), (-1, 1)])
@@ -516,17 +532,18 @@ def test_two_output_regression(low, high):
 
     There its gradient is zero, and the outputs stand for the value itself.
     """
+    kind = kind_from(low, high)
     share = torch.linspace(0.05, 0.95, 7, dtype=torch.float64)
     values = low + share * (high - low)
     no = torch.full_like(share, 0.3)
     yes = 0.3 + torch.logit(share)
     best = torch.stack([no, yes], dim=1).requires_grad_()  # (B, 2)
-    loss = task_loss(best, values, low, high)
+    loss = kind.losses(best, values)
     loss.sum().backward()
     assert best.grad.abs().max() < 1e-12
     for move in torch.tensor([[0.0, 0.1], [0.1, 0.0], [-2.0, 1.0]], dtype=torch.float64):
-        assert (task_loss(best + move, values, low, high) > loss).all()
-    assert torch.allclose(to_value(best, low, high), values)
+        assert (kind.losses(best + move, values) > loss).all()
+    assert torch.allclose(kind.to_value(best), values)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -639,7 +656,7 @@ REPOS = {
 # huggingface_hub reads its settings when it is imported, so another process has to import it.
 ASK = """
 import json, sys
-from tools.fetch import UserError, find_model
+from support.fetch import UserError, find_model
 for name in sys.stdin:
     try:
         print(json.dumps([str(find_model(name.strip())), None]), flush=True)
@@ -817,7 +834,7 @@ def batch(hf, tmp_path):
     tokenizer = load_tokenizer(BERT_DIR, 10**6)
     dataset = load_dataset(get_task("rte"), "dev", tokenizer, 256, tmp_path)
     every_18th = dataset.lengths.argsort()[::18]
-    data = collate(dataset, every_18th)
+    data = dataset.collate(every_18th)
     for name in ("labels", "rows"):
         data.pop(name)
     return data

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 import eval as evaluation
 import prune
 import train
-from tools import common
+from kinds.classify import Classify
+from models.checkpoint import parse_safetensors
+from support.machine import pick_dtype
 
 
 def losses_of(out):
@@ -87,7 +89,7 @@ def test_an_infinite_gradient_skips_its_step(tiny, tmp_path, monkeypatch):
     assert run(tiny, tmp_path / "out", *flags) == 0
     changed = [not torch.equal(a, b) for a, b in zip(weights, weights[1:], strict=False)]
     assert changed[1:] == [True, False, True, True]  # the learning rate of step 0 is 0
-    header = train.parse_safetensors(
+    header = parse_safetensors(
         (tmp_path / "out" / "checkpoint.safetensors").read_bytes(), "checkpoint"
     )[1]
     assert json.loads(header["progress"])["scaler"]["scale"] == 32_768
@@ -104,14 +106,14 @@ def test_a_nan_in_each_step_stops_the_run(tiny, tmp_path, monkeypatch, capsys):
 
 def test_a_nan_loss_of_any_micro_batch_stops_the_run(tiny, tmp_path, monkeypatch, capsys):
     """In fp16 a NaN in the first of two micro-batches of step 3 is seen, not only in the last."""
-    task_loss = train.task_loss
+    losses = Classify.losses
     calls = []
 
     def poisoned(*args):
         calls.append(1)
-        return task_loss(*args) * (float("nan") if len(calls) == 7 else 1.0)
+        return losses(*args) * (float("nan") if len(calls) == 7 else 1.0)
 
-    monkeypatch.setattr(train, "task_loss", poisoned)
+    monkeypatch.setattr(Classify, "losses", poisoned)
     flags = ["--method", "dense", "--dtype", "fp16", "--max-steps", "9", "--grad-accum", "2"]
     assert run(tiny, tmp_path / "out", *flags) == 2
     assert "NaN or infinite at step 3" in capsys.readouterr().err
@@ -149,9 +151,9 @@ def test_a_gpu_that_emulates_bf16_computes_in_fp16(monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
     )
-    assert common.pick_dtype(torch.device("cuda")) == "fp16"
+    assert pick_dtype(torch.device("cuda")) == "fp16"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    assert common.pick_dtype(torch.device("cuda")) == "bf16"
+    assert pick_dtype(torch.device("cuda")) == "bf16"
 
 
 def test_a_run_that_misses_its_density_says_so(tiny, tmp_path, capsys):

@@ -28,14 +28,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import train
-from tools import common
+from models import resume
+from models.checkpoint import save_tensors
+from support.machine import join_processes
 
 ROOT = Path(train.__file__).parent
 Run = train.Run
-save_tensors = train.save_tensors
 TERMINATED = 128 + signal.SIGTERM
 LOST = 300  # seconds after which a process that does not end fails its test
 
@@ -116,7 +118,7 @@ def make(plan):
         save = saved_slowly if interrupt else save_tensors
         with (
             patch.object(train, "Run", watched),
-            patch.object(train, "save_tensors", save),
+            patch.object(resume, "save_tensors", save),
             patch.object(dist, "destroy_process_group"),
         ):
             note["status"] = train.main(item["flags"])
@@ -271,8 +273,11 @@ SAME = {
     "span": {"method": "pins", "teacher": "self", "eval_every": 4},
     "tag": {"method": "smp-s", "teacher": "self", "eval_every": 4},
     "one-example": {"method": "dense", "batch_size": 101, "max_steps": 3},
+    "headless": {"method": "smp-s"},
+    "from-headless": {"method": "fixed"},
 }
 KINDS = ("span", "tag")  # runs of a task of this kind
+HEADLESS = ("headless", "from-headless")  # runs of a model with a pooler and without an MLM head
 
 
 def begin(background, fixture):
@@ -282,6 +287,7 @@ def begin(background, fixture):
     """
     folder = fixture("tmp_path_factory").mktemp("both")
     plans = []
+    model = without_mlm_head(fixture("tiny")[1], folder / "model")
     for world in ("1", "2"):
         (folder / world).mkdir()
         plan = []
@@ -292,10 +298,24 @@ def begin(background, fixture):
                 options["teacher"] = folder / "1" / "dense"
             if name in KINDS:
                 options["task_file"] = fixture("kinds")[name]
+            if name in HEADLESS:
+                options["model"] = model
+            if name == "from-headless":
+                options["from"] = folder / "1" / "headless"
             flags = flags_of(**options, out=folder / world / name)
             plan.append({"flags": [*fixture("tiny"), *flags]})
         plans.append(plan)
     return folder, background.call(make_both, plans, folder)
+
+
+def without_mlm_head(model, folder):
+    """Copy a model without its MLM head; it keeps its pooler. Return the folder of the copy."""
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("cls.")}
+    assert "bert.pooler.dense.weight" in tensors
+    save_file(tensors, folder / "model.safetensors")
+    return folder
 
 
 def make_both(plans, folder):
@@ -321,7 +341,8 @@ def test_two_processes_are_one(both, name):
 
     This holds with micro-batches, also for a batch that gives one rank fewer micro-batches than
     the other, and for one that gives a rank no example at all. It holds with a dense teacher, and
-    with a self-teacher that changes.
+    with a self-teacher that changes. It holds for a run from an SMP run whose model has a pooler
+    that nothing reads.
     """
     folder, _ = both
     one = losses_of(folder / "1" / name)
@@ -504,7 +525,7 @@ def test_processes_wait_for_a_long_download(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: joined.append(kwargs))
-    assert common.join_processes("cpu") == (1, 2, torch.device("cpu"))
+    assert join_processes("cpu") == (1, 2, torch.device("cpu"))
     assert joined[0]["timeout"] > timedelta(hours=1)
 
 

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 
 import train
 from data import TASKS
-from model import load_model
+from models.checkpoint import load_model
 from prune import mask_matrices
-from tools import bench
+from tools import bench, deploy
 
 GLUE_DIR = os.environ.get("GLUE_DIR", "")
 BERT_DIR = os.environ.get("BERT_DIR", "")
@@ -154,7 +154,7 @@ def test_bench_times_a_step_that_trains(method, capsys):
     device = torch.device("cpu")
     batch = bench.synthetic(16, size=4)
     step = bench.our_step(method, "minilm", device, "fp32")
-    seconds = bench.alternate([lambda: step(batch), lambda: step(batch)], device, 1, warm=1)
+    seconds = deploy.alternate([lambda: step(batch), lambda: step(batch)], device, 1, warm=1)
     assert seconds.shape == (1, 2)
     assert bench.show(f"step, {method}", seconds, (method, method)) > 0
     assert f"step, {method}" in capsys.readouterr().out

@@ -1,10 +1,10 @@
-"""tools/selection.py chooses the largest values exactly, on a CPU and in the way of a GPU."""
+"""support/selection.py chooses the largest values exactly, on a CPU and in the way of a GPU."""
 
 import numpy as np
 import pytest
 import torch
 
-from tools import selection
+from support import matrices, selection
 
 
 def stable_top_k(values, k):
@@ -145,9 +145,9 @@ def test_matrices_side_by_side_are_not_copied():
     """`as_one` gives the tensor that they are parts of, and else a copy of them in their order."""
     whole = torch.randn(4, 3, 5)
     parts = list(whole)
-    assert selection.as_one(parts).data_ptr() == whole.data_ptr()
-    assert torch.equal(selection.as_one(parts[1:3]), whole[1:3])
+    assert matrices.as_one(parts).data_ptr() == whole.data_ptr()
+    assert torch.equal(matrices.as_one(parts[1:3]), whole[1:3])
     for others in (parts[::-1], [parts[0], parts[2]], [parts[0], parts[1].clone()]):
-        together = selection.as_one(others)
+        together = matrices.as_one(others)
         assert torch.equal(together, torch.stack(others))
         assert together.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr()

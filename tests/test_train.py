@@ -19,11 +19,16 @@ from safetensors.torch import load_file
 import eval as evaluation
 import prune
 import train
-from data import batches, collate, load_dataset, word_ids
-from model import inputs, load_model, read_checkpoint
-from tools import report, sizes
-from tools.common import pick_dtype
-from train import lr_at
+from data import batches, load_dataset, load_dev
+from kinds import classify
+from models.checkpoint import baked_state, load_model, read_checkpoint, save_model
+from models.runs import load_run
+from models.teacher import distill
+from models.tokenizer import load_tokenizer, word_ids
+from support.machine import inputs, pick_dtype
+from support.schedules import lr_at
+from support.terminal import show
+from tools import pictures, report
 
 ROOT = Path(train.__file__).parent
 CPU = torch.device("cpu")
@@ -81,7 +86,7 @@ def steps_with(out, key):
 
 def dataset_of(out, split="train"):
     """The data set of a run, as the run read it, and the settings of the run."""
-    _, task, tokenizer, settings = evaluation.load_run(out)
+    _, task, tokenizer, settings = load_run(out)
     data = load_dataset(task, split, tokenizer, settings["max_length"], settings["data_dir"])
     return data, settings
 
@@ -137,8 +142,8 @@ def test_run_folder(finished):
         assert steps_with(out, "loss") == list(range(1, 27))
         assert steps_with(out, "metrics") == [13, 26]
         assert rows(out)[-1]["metrics"] == result["metrics"]
-        model = evaluation.load_run(out)[0]
-        kept, total = sizes.kept_weights(model)
+        model = load_run(out)[0]
+        kept, total = evaluation.kept_weights(model)
         assert kept.sum() == round(result["achieved_density"] * total.sum())
 
 
@@ -172,27 +177,39 @@ def test_pretrained_weights_do_not_move(tiny, finished):
     assert masked == 18
 
 
-def test_bf16_computes_and_fp32_remembers(tiny, finished, tmp_path):
+def test_bf16_computes_and_fp32_remembers(tiny, tmp_path):
     """With bf16 the losses are within 2% of those with fp32, but not equal to them.
 
     What is saved is float32 all the same.
     """
-    run(tiny, tmp_path / "run", method="dense", lr=1e-3, dtype="bf16")
-    ours = losses_of(tmp_path / "run")
-    theirs = losses_of(finished / "dense")
-    assert len(ours) == len(theirs)
-    assert ours[0] != theirs[0]
-    for a, b in zip(ours[:5], theirs[:5], strict=True):
+    for dtype in ("bf16", "fp32"):
+        run(tiny, tmp_path / dtype, method="dense", lr=1e-3, max_steps=5, dtype=dtype)
+    half = losses_of(tmp_path / "bf16")
+    full = losses_of(tmp_path / "fp32")
+    assert len(half) == len(full) == 5
+    assert half[0] != full[0]
+    for a, b in zip(half, full, strict=True):
         assert abs(a / b - 1) < 0.02
-    for path in (tmp_path / "run").rglob("*.safetensors"):
+    for path in (tmp_path / "bf16").rglob("*.safetensors"):
         for tensor in load_file(path).values():
             assert tensor.dtype in (torch.float32, torch.bool)
 
 
-def test_the_data_type_follows_the_device():
-    """A CPU computes in bf16 or fp32, by what it can do; Apple's MPS computes in fp32."""
-    assert pick_dtype(CPU) in ("bf16", "fp32")
-    assert pick_dtype(torch.device("mps")) == "fp32"
+def test_the_data_type_follows_the_device(monkeypatch):
+    """A CPU computes in bf16 if it multiplies in it, else in fp32; Apple's MPS computes in fp32.
+
+    Older versions of torch cannot tell what a CPU can do.
+    """
+    for able, expected in (
+        ({"avx512_bf16": True, "amx_bf16": False}, "bf16"),
+        ({"amx_bf16": True}, "bf16"),
+        ({"avx512_bf16": False, "amx_bf16": False, "avx512_f": True}, "fp32"),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able, raising=False)
+        assert pick_dtype(CPU) == expected
+        assert pick_dtype(torch.device("mps")) == "fp32"
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert pick_dtype(CPU) == "fp32"
 
 
 @pytest.mark.parametrize("method", ["smp-s", "movement", "magnitude"])
@@ -207,17 +224,17 @@ def test_sweep_of_densities(tiny, finished, method, capsys):
     assert report.main([str(out), "--density", "1", "0.1", "0.5", *data]) == 0
     whole, trained_at, half = capsys.readouterr().out.strip().split("\n")
     result = result_of(out)
-    achieved, metrics = result["achieved_density"], evaluation.show(result["metrics"])
+    achieved, metrics = result["achieved_density"], show(result["metrics"])
     assert trained_at == f"density 0.1, achieved {achieved:.4f}: {metrics}"
     assert whole.startswith("density 1, achieved 1.0000: ")
     assert 0.499 < float(half.removeprefix("density 0.5, achieved ").split(":")[0]) <= 0.5
     if method == "smp-s":
-        task = evaluation.load_run(out)[1]
-        tokenizer = evaluation.load_tokenizer(tiny[1], 120)
+        task = load_run(out)[1]
+        tokenizer = load_tokenizer(tiny[1], 120)
         model = load_model(tiny[1], "words", words=word_ids(tokenizer, task.words))
-        dev = evaluation.load_dev(task, tokenizer, 24, tiny[5])
+        dev = load_dev(task, tokenizer, 24, tiny[5])
         metrics = evaluation.evaluate(model, task, dev, CPU, "fp32")
-        assert whole.endswith(evaluation.show(metrics))
+        assert whole.endswith(show(metrics))
 
     assert report.main([str(finished / "pins"), "--density", "0.5", *data]) == 2
     assert report.main([str(out), "--density", "nan", *data]) == 2
@@ -231,17 +248,17 @@ def test_densities_of_matrices_and_heads(finished):
 
     Here the rows of one head in the Q, K and V of one layer are set to zero.
     """
-    model = evaluation.load_run(finished / "dense")[0]
+    model = load_run(finished / "dense")[0]
     attention = model.layers[1].attention["self"]
     width = len(attention.query.weight)
     size = width // model.config.num_attention_heads
     with torch.no_grad():
         for linear in (attention.query, attention.key, attention.value):
             linear.weight[:size] = 0
-    kept, total = sizes.kept_weights(model)
+    kept, total = evaluation.kept_weights(model)
     assert kept.sum() == total.sum() - 3 * size * width
     assert (kept / total)[1, 0] == 1 - size / width
-    per_head = report.head_densities(model)
+    per_head = pictures.head_densities(model)
     assert per_head[1, 0] == 0.25  # of its Q, K, V and O only O is left
     assert per_head.sum() == per_head.size - 0.75
 
@@ -264,37 +281,69 @@ def test_same_seed_same_run(tiny, finished, tmp_path):
     """Two runs with one seed are equal bit for bit; a run with another seed is not."""
     run(tiny, tmp_path / "again", method="smp-s", lr=1e-3)
     same(tmp_path / "again", finished / "smp-s")
-    run(tiny, tmp_path / "other", method="smp-s", seed=1)
-    a = load_file(tmp_path / "other" / "scores.safetensors")
-    b = load_file(finished / "smp-s" / "scores.safetensors")
+    options = {"method": "smp-s", "max_steps": 2, "dropout": 0}
+    for seed in (0, 1):
+        run(tiny, tmp_path / f"seed-{seed}", **options, seed=seed)
+    a, b = [load_file(tmp_path / f"seed-{seed}" / "scores.safetensors") for seed in (0, 1)]
     assert any(not torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("method", ["dense", "smp-s", "l0", "pins"])
-def test_killed_and_resumed_is_uninterrupted(tiny, finished, tmp_path, method):
-    """A run that is killed (kill -9) at a random moment and resumed ends as an unbroken run does.
-
-    This holds bit for bit. A torn last line of the log and a temporary file that the kill left
-    behind do no harm.
-    """
-    out = tmp_path / "run"
-    flags = [*tiny, "--method", method, "--lr", "1e-3", "--out", str(out)]
-    command = [sys.executable, str(ROOT / "train.py"), *flags, "--resume"]
-    moments = random.Random(method)
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
-    while not (out / "checkpoint.safetensors").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(moments.uniform(0, 0.3))
-    process.kill()
-    process.wait()
+def resume_after_a_crash(flags, out):
+    """Resume the run in `out`, where a crash left a torn last line and a temporary file, too."""
     with open(out / "metrics.jsonl", "a") as log:
         log.write('{"step": 1')
     stray = out / ".checkpoint.safetensors.1.tmp"
     shutil.copy(out / "checkpoint.safetensors", stray)
     assert train.main([*flags, "--resume"]) == 0
     stray.unlink()
+
+
+def test_killed_and_resumed_is_uninterrupted(tiny, finished, tmp_path):
+    """A run that is killed (kill -9) after a checkpoint and resumed ends as an unbroken run does.
+
+    This holds bit for bit. A torn last line of the log and a temporary file that the kill left
+    behind do no harm.
+    """
+    out = tmp_path / "run"
+    flags = [*tiny, "--method", "smp-s", "--lr", "1e-3", "--out", str(out)]
+    command = [sys.executable, str(ROOT / "train.py"), *flags, "--resume"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
+    while not (out / "checkpoint.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.03))  # the other half of the run takes longer
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    resume_after_a_crash(flags, out)
+    same(out, finished / "smp-s")
+
+
+class Crash(Exception):
+    """What no part of the program expects."""
+
+
+@pytest.mark.parametrize("method, last", [("dense", 14), ("l0", 20), ("pins", 26)])
+def test_crashed_and_resumed_is_uninterrupted(tiny, finished, tmp_path, monkeypatch, method, last):
+    """A run that crashes after step `last` goes on from its checkpoint of step 13.
+
+    It ends as an unbroken run does, bit for bit.
+    """
+
+    def crash(self, step):
+        update(self, step)
+        if step == last:
+            raise Crash
+
+    out = tmp_path / "run"
+    flags = [*tiny, "--method", method, "--lr", "1e-3", "--out", str(out)]
+    update = prune.METHODS[method].update
+    with monkeypatch.context() as patch:
+        patch.setattr(prune.METHODS[method], "update", crash)
+        with pytest.raises(Crash):
+            train.main(flags)
+    assert rows(out)[-1]["step"] == last - 1
+    resume_after_a_crash(flags, out)
     same(out, finished / method)
 
 
@@ -348,26 +397,26 @@ def test_teacher(tiny, finished, tmp_path, capsys):
     run(tiny, out, method="smp-s", teacher=dense, dropout=0, max_steps=1)
     assert f"teacher {dense}: accuracy" in capsys.readouterr().out.split("dev:")[0]
 
-    teacher, task, tokenizer, _ = evaluation.load_run(dense)
+    teacher, task, tokenizer, _ = load_run(dense)
     data, settings = dataset_of(dense)
     places = batches(data.lengths, settings["batch_size"], settings["seed"], 0)[0]
-    batch = collate(data, places)
+    batch = data.collate(places)
     student = load_model(tiny[1], "words", words=word_ids(tokenizer, task.words))
     tensors = inputs(batch, CPU)
     with torch.no_grad():
         logits = student.eval()(**tensors)
         taught = teacher.eval()(**tensors)
     ce = torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
-    loss = prune.distill(ce, logits, taught)
+    loss = distill(ce, logits, taught)
     assert losses_of(out)[0] == pytest.approx(float(loss.mean()), abs=1e-5)
 
 
 def test_every_method_takes_a_teacher(tiny, finished, tmp_path):
     """Methods of each family keep the teacher's logits for all 203 examples in their checkpoint."""
     dense = finished / "dense"
-    for method in ("movement", "l0", "pins"):
+    for method, options in {"movement": {}, "l0": {}, "pins": {"pins_window": 1}}.items():
         out = tmp_path / method
-        run(tiny, out, method=method, teacher=dense, max_steps=4, pins_window=1)
+        run(tiny, out, method=method, teacher=dense, max_steps=4, **options)
         taught = taught_table(out)
         assert taught.shape == (203, 2)
         assert torch.equal(taught, taught_by(dense / "model", finished))
@@ -386,7 +435,7 @@ def taught_by(folder, finished):
     """The logits (N, K) of the classifier in `folder` on the training set, computed anew."""
     data, _ = dataset_of(finished / "dense")
     model = load_model(folder, "classifier", 2, new_head=False)
-    return evaluation.predict(model, data, CPU, "fp32")
+    return data.kind.logits(model, data, CPU, "fp32")
 
 
 def test_self_teacher_is_its_best_checkpoint(tiny, finished, tmp_path, monkeypatch):
@@ -397,26 +446,27 @@ def test_self_teacher_is_its_best_checkpoint(tiny, finished, tmp_path, monkeypat
     and none is computed twice. Until the first teacher, the run is one without a teacher.
     """
     tables = []
-    targets = evaluation.teacher_table
+    teach = classify.Classify.teach
 
-    def noted(model, *rest):
+    def noted(self, model, *rest):
         """Compute a table as train.py does, but save the model and keep the table."""
         folder = tmp_path / f"teacher-{len(tables)}"
-        train.save_model(folder, model, train.baked_state(model), tiny[1], ("no", "yes"))
-        tables.append(targets(model, *rest))
+        save_model(folder, model, baked_state(model), tiny[1], ("no", "yes"))
+        tables.append(teach(self, model, *rest))
         return tables[-1]
 
     options = {"method": "pins", "lr": 3e-4, "seed": 1, "eval_every": 1, "dropout": 0}
+    options |= {"max_steps": 12}
     out = tmp_path / "run"
     again = tmp_path / "again"
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "teacher_table", noted)
+        patch.setattr(classify.Classify, "teach", noted)
         run(tiny, out, **options)
         assert len(tables) >= 4
         best = -1.0
         better = []  # the steps after which the student is better than ever, but for the last step
         for row in rows(out):
-            if "metrics" in row and row["metrics"]["accuracy"] > best and row["step"] < 26:
+            if "metrics" in row and row["metrics"]["accuracy"] > best and row["step"] < 12:
                 best = row["metrics"]["accuracy"]
                 better.append(row["step"])
         assert steps_with(out, "teacher") == better
@@ -425,7 +475,7 @@ def test_self_teacher_is_its_best_checkpoint(tiny, finished, tmp_path, monkeypat
             folder = tmp_path / f"teacher-{i}"
             assert torch.equal(table, taught_by(folder, finished))
             with monkeypatch.context() as inner:
-                inner.setitem(evaluation.MAX_TOKENS, "cpu", 150)
+                inner.setitem(classify.MAX_TOKENS, "cpu", 150)
                 assert (table - taught_by(folder, finished)).abs().max() < 1e-5
         assert torch.equal(taught_table(out), tables[-1])
 
@@ -514,7 +564,7 @@ def test_learning_rate():
 
 def settings_of(**given):
     """The settings that train.py has with these flags and its recipe for all others."""
-    return train.settings_from(given)
+    return train.settings_from({"model": "x"} | given)
 
 
 def test_the_recipe_of_smp_is_the_published_one():
@@ -574,9 +624,9 @@ def test_evaluation_agrees_with_the_run(finished, capsys):
     for method in prune.CRITERIA:
         out = finished / method
         metrics = result_of(out)["metrics"]
-        model, task, tokenizer, settings = evaluation.load_run(out)
+        model, task, tokenizer, settings = load_run(out)
         data_dir = settings["data_dir"]
-        dev = evaluation.load_dev(task, tokenizer, settings["max_length"], data_dir)
+        dev = load_dev(task, tokenizer, settings["max_length"], data_dir)
         assert evaluation.evaluate(model, task, dev, CPU, "fp32") == metrics
         if method in ("dense", "smp-s"):
             assert evaluation.main([str(out), "--data-dir", data_dir]) == 0

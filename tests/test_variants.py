@@ -1,12 +1,17 @@
 """The variants in tools/variants.py, run as a user runs them: in a process of their own."""
 
+import json
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import eval as evaluation
 from conftest import GOLDEN, ROOT
+from prune import METHODS
+from support.terminal import show
+from tools import deploy
 
 
 def begin(background, fixture):
@@ -61,3 +66,56 @@ def test_frozen_embeddings_stay(runs_of_variants):
     names = trained(runs_of_variants / "a-pins-frozen")
     assert any("encoder" in name for name in names)
     assert not any("embeddings" in name for name in names), names
+
+
+CLASSES = {
+    "smp-global": "BertForMaskedLM",
+    "smp-head": "BertForSequenceClassification",
+    "smp-words": "BertForMaskedLM",
+    "pins-frozen": "BertForSequenceClassification",
+}
+
+
+@pytest.fixture
+def without_variants(monkeypatch):
+    """The methods are those of prune.py alone, whatever other tests have imported."""
+    for name in CLASSES:
+        monkeypatch.delitem(METHODS, name, raising=False)
+
+
+def metrics_of(run):
+    return json.loads((run / "result.json").read_text())["metrics"]
+
+
+@pytest.mark.parametrize("method", CLASSES)
+def test_a_run_is_used_where_its_variant_is_unknown(
+    method, runs_of_variants, without_variants, tiny, tmp_path, capsys
+):
+    """eval.py finds the metrics of the run, and it is exported as the class of its output head."""
+    run = runs_of_variants / f"a-{method}"
+    assert evaluation.main([str(run), "--data-dir", tiny[5], "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert f": {method} on pairs" in out
+    for name, value in metrics_of(run).items():
+        assert f"  {name:17} {100 * value:.2f}\n" in out
+    assert deploy.main(["export", str(run), str(tmp_path / "hf")]) == 0
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["architectures"] == [CLASSES[method]]
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    for name, tensor in load_file(run / "model" / "model.safetensors").items():
+        assert torch.equal(exported[name], tensor), name
+
+
+def test_the_mask_of_a_variant(runs_of_variants, without_variants, tiny, tmp_path, capsys):
+    """The mask of a variant that learns scores alone has the run's metrics; else there is none."""
+    path = tmp_path / "global.mask"
+    run = runs_of_variants / "a-smp-global"
+    assert deploy.main(["save-mask", str(run), str(path)]) == 0
+    own = ["--task-file", tiny[3], "--data-dir", tiny[5], "--device", "cpu"]
+    capsys.readouterr()
+    assert deploy.main(["masks", tiny[1], str(path), *own]) == 0
+    assert capsys.readouterr().out.endswith(f": {show(metrics_of(run))}\n")
+    run = runs_of_variants / "a-smp-words"
+    assert deploy.main(["save-mask", str(run), str(tmp_path / "words.mask")]) == 2
+    assert "a smp-words run trains weights" in capsys.readouterr().err
+    assert not (tmp_path / "words.mask").exists()

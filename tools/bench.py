@@ -10,38 +10,30 @@ noisy machine is noisy for both. Weights are random, in the shape of a real mode
 a CPU, BERT-base on a GPU.
 """
 
-import signal
-import sys
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program at once
-    print("loading torch", file=sys.stderr)  # this takes a second or two
+from support.terminal import Parser, UserError, program  # first: torch takes a second or two
 
 import copy
-import os
-import subprocess
-import tempfile
-import time
+import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import batches, collate, encode, get_task, load_dataset, load_tokenizer
-from eval import predict
-from model import Bert, BertConfig, inputs, send, task_loss
+from data import batches, get_task, kind_of, load_dataset
+from model import Bert, BertConfig
+from models.sparse import sparse
+from models.tokenizer import load_tokenizer
 from prune import CRITERIA, METHODS, mask_matrices
+from support.fetch import DEMO
+from support.machine import DEVICES, inputs, pick_device
+from support.matrices import encoder_linears
+from support.selection import kth_largest, select_on_device
 from tools import cost, deploy
-from tools.common import Parser, UserError, autocast, pick_device, program, read_json
-from tools.fetch import DEMO
-from tools.selection import kth_largest, select_on_device
-from tools.timing import alternate, clock
+from tools.deploy import alternate, clock
 from train import settings_from
 
-ROOT = Path(__file__).parent.parent  # where train.py is
 SHAPES = {
     "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
     "base": {},  # BertConfig's own
@@ -51,8 +43,7 @@ LENGTHS = (128, 40)  # tokens of a made-up example
 BATCH = 32  # examples
 VOCABULARY = 30522  # tokens that BERT knows
 
-# -------------------------------------------------------------------------------------------------
-# the published way, in its plainest form
+# ---------- the published way, in its plainest form -----------------------------------------------
 #
 # - A full sort of every matrix in every forward.
 # - Every sentence is padded to 128 tokens, and all is in fp32.
@@ -114,11 +105,10 @@ def published_step(shape, device):
     return step
 
 
-# -------------------------------------------------------------------------------------------------
-# our way: the pieces of train.py's loop
+# ---------- our way: the pieces of train.py's loop ------------------------------------------------
 
 
-def our_step(name, shape, device, dtype, autocast=autocast, mark=lambda part: None):
+def our_step(name, shape, device, dtype, mark=lambda part: None):
     """Return a function of a batch that does a step of the method `name` as train.py does it.
 
     The first step is in the middle of the ramp. `mark` is told of each of tools.cost.PARTS before
@@ -135,7 +125,8 @@ def our_step(name, shape, device, dtype, autocast=autocast, mark=lambda part: No
             pooler=not words,
             mlm=bool(words),
         ).to(device)
-    given = {"task": "cola", "method": name}
+    given = {"model": shape, "task": "cola", "method": name}
+    kind = kind_of(get_task("cola"))
     if name != "dense":
         given["density"] = 0.1
     method = Method(model, settings_from(given), total_steps=1000)
@@ -148,10 +139,7 @@ def our_step(name, shape, device, dtype, autocast=autocast, mark=lambda part: No
     def step(batch):
         nonlocal number
         mark("forward")
-        with autocast(device, dtype):
-            logits = model(**inputs(batch, device))  # (B, K)
-        labels = send(batch["labels"], device)
-        loss = task_loss(logits, labels, low=0, high=1).mean()
+        loss = kind.decide(model, batch, device, dtype).losses.mean()
         mark("backward")
         loss.backward()
         mark("regulariser")
@@ -179,6 +167,7 @@ def synthetic(length, size=BATCH):
         "attention_mask": torch.ones_like(ids),
         "token_type_ids": torch.zeros_like(ids),
         "labels": torch.arange(size) % 2,
+        "rows": torch.arange(size),
     }
 
 
@@ -211,8 +200,7 @@ def tokenizer_of(args):
     return load_tokenizer(args.tokenizer or DEMO, VOCABULARY)
 
 
-# -------------------------------------------------------------------------------------------------
-# the parts: each is a function of the flags and the device
+# ---------- the parts: each is a function of the flags and the device -----------------------------
 
 
 def part_step(args, device):
@@ -227,59 +215,6 @@ def part_step(args, device):
                 seconds = alternate(steps, device, args.repeat)
                 title = f"step, {method} / dense, length {length}, {dtype}"
                 show(title, seconds, (method, "dense"))
-
-
-def part_floors(args, device):
-    """Compare a dense step with what its products and AdamW's bytes take at measured rates."""
-    config = BertConfig(**SHAPES[args.shape])
-    for dtype in args.dtypes:
-        for length in LENGTHS:
-            flops, parameters = work_of_a_step(config, length)
-            optimizer_bytes = 28 * parameters  # AdamW reads w, g, m, v and writes w, m, v
-            rate, bandwidth = measured_rates(args, config, length, DTYPES[dtype], device)
-            floor = flops / rate + optimizer_bytes / bandwidth
-            dense = our_step("dense", args.shape, device, dtype)
-            step = partial(dense, synthetic(length))
-            seconds = np.median(alternate([step], device, args.repeat))
-            print(
-                f"floor, dense, length {length}, {dtype}: {1e3 * seconds:.4g} ms a step; "
-                f"products {flops / 1e9:.0f} GFLOP at {rate / 1e9:.0f}/s, "
-                f"AdamW {optimizer_bytes / 1e6:.0f} MB at {bandwidth / 1e9:.0f} GB/s: "
-                f"{1e3 * floor:.4g} ms, ratio {seconds / floor:.2f}",
-                flush=True,
-            )
-
-
-def work_of_a_step(config, length):
-    """Return (floating-point operations of the products, parameters) of a dense training step."""
-    width = config.hidden_size
-    inner = config.intermediate_size
-    matrices = weights_of_encoder(config)
-    # Of the last layer only position 0 is computed, but for its keys and values.
-    not_computed = (2 * width * width + 2 * width * inner) * (1 - 1 / length)
-    flops = 6 * (matrices - not_computed) * BATCH * length
-    return flops, matrices + config.vocab_size * width
-
-
-def measured_rates(args, config, length, kind, device):
-    """Return (floating-point operations a second in a product, bytes a second in a copy)."""
-    tokens = BATCH * length
-    width = config.hidden_size
-    inner = config.intermediate_size
-    x = torch.randn(tokens, width, device=device).to(kind)
-    weight = torch.randn(inner, width, device=device).to(kind)
-    source = torch.randn(1 << 26, device=device)
-    target = torch.empty_like(source)
-
-    def multiply():
-        x @ weight.T  # (tokens, width) x (width, inner)
-
-    def copy_bytes():
-        target.copy_(source)
-
-    product = np.median(alternate([multiply], device, args.repeat))
-    copied = np.median(alternate([copy_bytes], device, args.repeat))
-    return 2 * tokens * width * inner / product, 8 * source.numel() / copied
 
 
 def part_throughput(args, device):
@@ -299,7 +234,7 @@ def part_throughput(args, device):
         dataset = load_dataset(get_task(name), "train", tokenizer, 128, args.data_dir)
         rows = []
         for examples in some_batches(dataset, args.repeat + 2):
-            trimmed = collate(dataset, examples)
+            trimmed = dataset.collate(examples)
             padded = pad(trimmed, 128)
             theirs = clock(partial(published, padded), device)
             rows.append([theirs, clock(partial(ours, trimmed), device)])
@@ -346,102 +281,15 @@ def part_sparse(args, device):
     config = BertConfig(**SHAPES[args.shape])
     for density in (0.1, 0.03):
         dense = Bert(config, "classifier", 2, mlm=False).eval().requires_grad_(False)
-        for linear in deploy.encoder_linears(dense):
+        for linear in encoder_linears(dense):
             linear.weight *= torch.rand_like(linear.weight) < density
         thin = copy.deepcopy(dense)
-        stored = deploy.sparse(thin)
+        stored = sparse(thin)
         print(f"sparse, {args.shape}, density {density}: {stored} matrices as CSR")
         for size in (1, 8, 32):
             for length in (32, 128):
                 batch = inputs(synthetic(length, size), cpu)
                 deploy.speed(dense, thin, batch, cpu, args.repeat)
-
-
-def part_evaluate(args, device):
-    """Compare evaluation on RTE's dev with the published way.
-
-    That pads to 128 tokens, keeps the order of the file, and computes in fp32.
-    """
-    tokenizer = tokenizer_of(args)
-    dtype = args.dtypes[-1]
-    model = Bert(BertConfig(**SHAPES[args.shape]), "classifier", 2, mlm=False).to(device).eval()
-    dataset = load_dataset(get_task("rte"), "dev", tokenizer, 128, args.data_dir)
-
-    @torch.no_grad()
-    def published():
-        for start in range(0, len(dataset), BATCH):
-            examples = np.arange(start, min(start + BATCH, len(dataset)))
-            batch = pad(collate(dataset, examples), 128)
-            model(**inputs(batch, device)).argmax(1).tolist()
-
-    def ours():
-        predict(model, dataset, device, dtype)
-
-    seconds = alternate([published, ours], device, args.repeat)
-    show(f"evaluation, rte dev, published / ours {dtype}", seconds, ("published", "ours"))
-
-
-def part_startup(args, device):
-    """Print the seconds to the first step of a run, and to tokenise 67,000 sentences."""
-    seconds_to_first_step(args, device)  # fills the caches
-    seconds = seconds_to_first_step(args, device)
-    if seconds is not None:
-        what = "cola" if args.model else "the demo"
-        print(f"start-up, first step of {what} on a warm cache: {seconds:.2f} s")
-    tokenizer = tokenizer_of(args)
-    words = list(tokenizer.get_vocab())
-    words = words[1000:] or words  # the demo's vocabulary is smaller
-    rng = np.random.default_rng(0)
-    texts = []
-    for _ in range(67_000):
-        texts.append(" ".join(words[i] for i in rng.integers(len(words), size=10)))
-    seconds = clock(lambda: encode(texts, tokenizer, 128), device)
-    print(f"start-up, 67,000 sentences of 10 words tokenised: {seconds:.2f} s")
-
-
-def seconds_to_first_step(args, device):
-    """Return the seconds from the command to the first step's line, or None if there was none."""
-    first = None
-    with tempfile.TemporaryDirectory() as folder:
-        command = train_command(args, device, folder)
-        command += ["--max-steps", "1", "--log-every", "1"]
-        began = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        for line in process.stdout:
-            if "step 1/" in line:
-                first = time.perf_counter() - began
-                break
-        process.communicate()  # reads the rest, and waits for the end
-    return first
-
-
-def train_command(args, device, folder):
-    """Return the command of a run into folder/run, on CoLA if a model is given, else the demo."""
-    if args.model and not args.data_dir:
-        raise UserError("--model: startup and memory train it on CoLA; give --data-dir, too")
-    command = [sys.executable, "train.py", "--out", f"{folder}/run", "--device", device.type]
-    if args.model:
-        command += ["--model", args.model, "--task", "cola", "--data-dir", args.data_dir]
-    return command
-
-
-def part_memory(args, device):
-    """Compare the peak memory of a run of SMP-S with that of a dense run, five steps each."""
-    ours = peak_memory("smp-s", args, device)
-    dense = peak_memory("dense", args, device)
-    sizes = f"{ours / 1e6:.0f} MB, {dense / 1e6:.0f} MB"
-    print(f"memory, smp-s / dense: {ours / dense:.3f}  ({sizes})")
-
-
-def peak_memory(method, args, device):
-    """Return the bytes that a run of five steps took at most."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = train_command(args, device, folder)
-        command += ["--method", method, "--max-steps", "5", "--dtype", args.dtypes[-1]]
-        if args.model:
-            command += ["--batch-size", str(BATCH)]
-        subprocess.run(command, stdout=subprocess.DEVNULL, cwd=ROOT, check=True)
-        return read_json(Path(folder) / "run" / "result.json")["peak_memory_bytes"]
 
 
 COST_SIZES = ((64, 128), (32, 40))  # examples in a batch, and tokens of each
@@ -483,9 +331,9 @@ def bill_of_step(name, shape, dtype, size, length, steps=10):
     A window of PINS has ten steps, and its weights are ranked in one of them.
     """
     meta = torch.device("meta")
-    with cost.as_on_cuda(DTYPES[dtype], steps) as (counter, emulation):
+    with cost.as_on_cuda(DTYPES[dtype], steps) as counter:
         batch = {key: tensor.to(meta) for key, tensor in synthetic(length, size).items()}
-        step = our_step(name, shape, meta, dtype, emulation.autocast, counter.mark)
+        step = our_step(name, shape, meta, dtype, counter.mark)
         step(batch)  # in which AdamW makes its averages
         counter.bill = cost.Bill(steps, weights_of_encoder(BertConfig(**SHAPES[shape])))
         for _ in range(steps):
@@ -502,18 +350,12 @@ def weights_of_encoder(config):
 PARTS = {
     "cost": part_cost,
     "step": part_step,
-    "floors": part_floors,
     "throughput": part_throughput,
     "select": part_select,
     "sparse": part_sparse,
-    "evaluate": part_evaluate,
-    "startup": part_startup,
-    "memory": part_memory,
 }
-NEEDS_DATA = ("throughput", "evaluate")
 
-# -------------------------------------------------------------------------------------------------
-# the command line
+# ---------- the command line ----------------------------------------------------------------------
 
 
 def parse(argv):
@@ -522,29 +364,18 @@ def parse(argv):
     add = parser.add_argument
     add("parts", nargs="*", metavar="PART", help=f"of {' '.join(PARTS)}; default all")
     add("--shape", choices=tuple(SHAPES), help="default base for cost and on a GPU, else minilm")
-    add("--model", help="a model's folder, for startup and memory; default the demo")
-    add("--tokenizer", help="a folder with tokenizer.json, for real lengths; default --model's")
-    add("--data-dir", metavar="DIR", help="folder of the GLUE files, for throughput and evaluate")
-    add(
-        "--methods",
-        nargs="+",
-        metavar="METHOD",
-        choices=tuple(CRITERIA),
-        help="for cost and step; default all for cost, smp-l smp-s movement pins for step",
-    )
-    add(
-        "--dtypes",
-        nargs="+",
-        metavar="DTYPE",
-        default=["fp32", "bf16"],
-        choices=tuple(DTYPES),
-        help="step and floors take each, the other parts the last one; default fp32 bf16",
-    )
+    add("--tokenizer", help="a folder with tokenizer.json, for real lengths; default the demo")
+    add("--data-dir", metavar="DIR", help="folder of the GLUE files, for throughput")
+    text = "for cost and step; default all for cost, smp-l smp-s movement pins for step"
+    add("--methods", nargs="+", metavar="METHOD", choices=tuple(CRITERIA), help=text)
+    text = "step takes each, the other parts the last one; default fp32 bf16"
+    both = ["fp32", "bf16"]
+    add("--dtypes", nargs="+", metavar="DTYPE", default=both, choices=tuple(DTYPES), help=text)
     add("--tflops", type=float, default=600, help="of the GPU of cost, in bf16; default 600")
     add("--bandwidth", type=float, default=2.8, help="of its memory, in TB/s; default 2.8")
     add("--launch", type=float, default=2.5, help="its shortest kernel, in us; default 2.5")
     add("--repeat", type=int, default=7, help="alternating runs per ratio; default 7")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    add("--device", default="auto", choices=DEVICES)
     return parser.parse_args(argv)
 
 
@@ -558,14 +389,10 @@ def main(argv=None):
     args.cost_shape = args.shape or "base"
     if args.shape is None:
         args.shape = "base" if device.type == "cuda" else "minilm"
-    if args.tokenizer is None:
-        args.tokenizer = args.model
-    if args.data_dir:
-        args.data_dir = os.path.abspath(args.data_dir)
     threads = f"{torch.get_num_threads()} threads"
     print(f"{device}, {threads}, torch {torch.__version__}, shape {args.shape}")
     for name in args.parts or PARTS:
-        if name in NEEDS_DATA and not args.data_dir:
+        if name == "throughput" and not args.data_dir:
             print(f"{name}: left out, needs --data-dir")
         else:
             PARTS[name](args, device)

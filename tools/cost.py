@@ -51,14 +51,12 @@ class Item:
     flops: int = 0
 
     def __add__(self, other):
-        return Item(
-            self.kernels + other.kernels, self.bytes + other.bytes, self.flops + other.flops
-        )
+        kernels = self.kernels + other.kernels
+        return Item(kernels, self.bytes + other.bytes, self.flops + other.flops)
 
     def seconds(self, device):
-        return max(
-            self.kernels * device.launch, self.bytes / device.bandwidth, self.flops / device.rate
-        )
+        launches = self.kernels * device.launch
+        return max(launches, self.bytes / device.bandwidth, self.flops / device.rate)
 
 
 @dataclass
@@ -82,8 +80,7 @@ class Bill:
         return sum(item.seconds(device) for item in self.select(part)) / self.steps
 
 
-# -------------------------------------------------------------------------------------------------
-# the price of an operation
+# ---------- the price of an operation -------------------------------------------------------------
 #
 # Most operations are one kernel that reads each input once and writes each output once. The others
 # stand here. The sources are the files of PyTorch's aten/src/ATen/native/cuda, as of torch 2.13.
@@ -118,17 +115,9 @@ def whole(tensors):
     return sum(sizes.values())
 
 
-FREE = {  # no kernel: memory without a value, and other views of a tensor
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "new_empty",
-    "new_empty_strided",
-    "_unsafe_view",
-    "detach",
-    "_record_function_enter_new",
-    "_record_function_exit",
-}
+# no kernel: memory without a value, and other views of a tensor
+FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
+FREE |= {"detach", "_record_function_enter_new", "_record_function_exit"}
 ONLY_WRITES = {"copy_", "fill_", "zero_", "uniform_", "random_", "normal_", "bernoulli_"}
 
 
@@ -200,15 +189,11 @@ def many_tensors_price(lists, read, written):
     return price
 
 
-SPECIAL = {
+SPECIAL = dict.fromkeys(("index", "index_select", "gather"), lookup_price)
+SPECIAL |= dict.fromkeys(("scatter_", "index_add_", "index_put_"), scatter_price)
+SPECIAL |= {
     "sort": sort_price,
     "nonzero_static": nonzero_static_price,
-    "index": lookup_price,
-    "index_select": lookup_price,
-    "gather": lookup_price,
-    "scatter_": scatter_price,
-    "index_add_": scatter_price,
-    "index_put_": scatter_price,
     "embedding": embedding_price,
     "embedding_dense_backward": embedding_backward_price,
     "native_layer_norm_backward": layer_norm_backward_price,
@@ -247,8 +232,7 @@ def price(operation, args, kwargs, result):
     return Item(1, whole(inputs) + whole(written), flops_of(name, inputs, outputs))
 
 
-# -------------------------------------------------------------------------------------------------
-# what CUDA does, and "meta" does not
+# ---------- what CUDA does, and "meta" does not ---------------------------------------------------
 
 
 class Attention(torch.autograd.Function):
@@ -283,7 +267,7 @@ class Emulation(TorchFunctionMode):
     def __init__(self, dtype):
         super().__init__()
         self.dtype = dtype
-        self.casting = False  # in a block of `autocast`
+        self.casting = False  # in a block of torch.autocast
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -302,7 +286,7 @@ class Emulation(TorchFunctionMode):
 
     @contextlib.contextmanager
     def autocast(self, device, dtype):
-        """Stand in for tools.common.autocast."""
+        """Stand in for torch.autocast."""
         self.casting = True
         yield
         self.casting = False
@@ -345,7 +329,7 @@ class Counter(TorchDispatchMode):
 
 @contextlib.contextmanager
 def as_on_cuda(dtype, steps):
-    """Give a `Counter` and an `Emulation`; the optimizer and `clip_grad_norm_` work on lists."""
+    """Give a `Counter`, inside an `Emulation`; the optimizer and clipping work on lists."""
     counter = Counter(steps)
     emulation = Emulation(dtype)
     supported = {"return_value": ["meta"]}
@@ -358,8 +342,9 @@ def as_on_cuda(dtype, steps):
         replace(torch, "Generator", new=CPUGenerator)
         replace(torch_foreach, "_get_foreach_kernels_supported_devices", **supported)
         replace(torch_optimizer, "_get_fused_kernels_supported_devices", **supported)
-        replace(torch, "is_autocast_enabled", new=lambda kind: emulation.casting)
-        replace(torch, "get_autocast_dtype", new=lambda kind: dtype)
+        replace(torch, "autocast", new=emulation.autocast)
+        replace(torch, "is_autocast_enabled", new=lambda device: emulation.casting)
+        replace(torch, "get_autocast_dtype", new=lambda device: dtype)
         stack.enter_context(counter)
         stack.enter_context(emulation)
-        yield counter, emulation
+        yield counter

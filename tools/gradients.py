@@ -14,13 +14,9 @@ What the second sum holds does not depend on which example has which label. It i
   can learn about the task from the first gradients.
 """
 
-import signal
+from support.terminal import UserError, parse_settings, program  # first: torch takes a second
+
 import sys
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program at once
-    print("loading torch", file=sys.stderr)  # this takes a second or two
-
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -28,16 +24,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import IGNORED, collate
-from model import decisions, inputs, send, task_loss
-from tools.common import autocast, claimed, parse_settings, program, require
+from kinds.classify import IGNORED
+from support.files import claimed
 from train import Run, Settings, settings_from
 
 
 def dealt(dataset, seed):
     """Return the dataset with its labels dealt out anew; what has no label keeps none."""
     labels = dataset.labels.copy()
-    labelled = labels != IGNORED if dataset.kind == "tag" else np.ones(len(labels), bool)
+    labelled = labels != IGNORED  # always, where labels are those of rows
     values = labels[labelled]
     labels[labelled] = values[np.random.default_rng(seed).permutation(len(values))]
     return replace(dataset, labels=labels)
@@ -48,14 +43,8 @@ def gradient(run, dataset, order):
     run.optimizer.zero_grad(set_to_none=True)
     for step, batch in enumerate(order):
         torch.manual_seed(step)  # the same dropout with both labels
-        data = collate(dataset, batch)
-        on_device = inputs(data, run.device)
-        labels = send(data["labels"], run.device)
-        with autocast(run.device, run.dtype):
-            logits = run.model(**on_device)  # (B, K) or (B, T, K)
-        logits, _ = decisions(run.task.kind, logits, on_device["attention_mask"])
-        losses = task_loss(logits, labels, run.task.low, run.task.high)
-        (losses.sum() / dataset.decision_counts[batch].sum()).backward()
+        decided = run.kind.decide(run.model, dataset.collate(batch), run.device, run.dtype)
+        (decided.losses.sum() / dataset.decision_counts[batch].sum()).backward()
     return torch.cat([linear.scores.grad.flatten() for linear in run.method.linears])
 
 
@@ -91,8 +80,9 @@ def main(argv=None):
         settings = settings_from(given | {"out": f"{folder}/run"})
         with claimed(Path(settings.out), resume=False, is_demo=False):
             run = Run(settings, command="")
-    scored = hasattr(run.method, "linears") and run.method.linears[0].scores is not None
-    require(scored, f"--method {run.settings.method}: has no scores; use smp or movement")
+    linears = getattr(run.method, "linears", None)
+    if not linears or linears[0].scores is None:
+        raise UserError(f"--method {run.settings.method}: has no scores; use smp or movement")
     found = measure(run)
     text = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
     print(f"{run.settings.task}, {run.settings.model}: {text}")

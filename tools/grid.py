@@ -13,8 +13,10 @@ is a comment. The folder of a run is DIR/stsb-smp-s-0.3-0, and its output is in 
 A second start skips what is finished and resumes what is not. A run that fails is named, and the
 others go on. DIR/grid.jsonl is the record: what was planned, done and failed, the core-hours of it,
 and the result of each run. A run that stands in the record is finished, also where its folder is
-gone. tools.report and tools.compare read a record like run folders.
+gone. tools.report reads a record like run folders.
 """
+
+from support.terminal import ROOT, Parser, UserError, live, parse_settings, program, tell
 
 import importlib
 import itertools
@@ -28,11 +30,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.common import Parser, UserError, live, lock, parse_settings, program, read_json, require
-from tools.common import tell
-from tools.record import read_record, read_run, write_record
+from models.runs import read_run_config
+from support.files import lock
+from tools.record import read_record, read_run, without_paths, write_record
 
-ROOT = Path(__file__).parent.parent
 FREE = ("data_dir", "device")  # settings that may differ from those of a finished run
 
 
@@ -51,8 +52,7 @@ class Planned:
         return self.out.with_name(f"{self.name}.log")
 
 
-# -------------------------------------------------------------------------------------------------
-# the file
+# ---------- the file ------------------------------------------------------------------------------
 
 
 def read_grid(path, folder, known, Settings):
@@ -69,30 +69,34 @@ def read_grid(path, folder, known, Settings):
         name, minutes, flags = split_line(line, where)
         for chosen, text in choices(flags):
             run_name = "-".join([name, *chosen])
-            plain = re.fullmatch(r"[\w.+-]+", run_name)
-            require(plain, f"{where}: {run_name!r} is no name of a folder")
-            twice = run_name in runs
-            require(not twice, f"{where}: a second run {run_name}; give the line another name")
+            if not re.fullmatch(r"[\w.+-]+", run_name):
+                raise UserError(f"{where}: {run_name!r} is no name of a folder")
+            if run_name in runs:
+                raise UserError(f"{where}: a second run {run_name}; give the line another name")
             out = folder / run_name
             run = Planned(run_name, minutes, shlex.split(text), out, known.get(run_name))
             check(run, where, Settings)
             runs[run_name] = run
-    require(runs, f"{path}: no run; expected lines of a name, minutes and flags of train.py")
+    if not runs:
+        raise UserError(f"{path}: no run; expected lines of a name, minutes and flags of train.py")
     return list(runs.values())
 
 
 def split_line(line, where):
     """Return (name, minutes, flags) of a line, with its variables in place."""
     unknown = [name for name in re.findall(r"\$\{?(\w+)", line) if name not in os.environ]
-    require(not unknown, f"{where}: no variable {' '.join(unknown)} in the environment; set it")
+    if unknown:
+        raise UserError(f"{where}: no variable {' '.join(unknown)} in the environment; set it")
     parts = os.path.expandvars(line).split(maxsplit=2)
     form = f"{where}: expected NAME MINUTES FLAGS"
-    require(len(parts) == 3, form)
+    if len(parts) != 3:
+        raise UserError(form)
     try:
         minutes = float(parts[1])
     except ValueError:
         raise UserError(f"{form}; {parts[1]!r} is no number of minutes") from None
-    require(0 < minutes < 1e6, f"{form}; minutes are above 0")
+    if not (0 < minutes < 1e6):
+        raise UserError(f"{form}; minutes are above 0")
     return parts[0], minutes, parts[2]
 
 
@@ -113,10 +117,11 @@ def check(run, where, Settings):
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     ours = given.keys() & {"out", "resume", "dry_run"}
-    require(not ours, f"{where}: --{' --'.join(ours)}: the grid gives it")
+    if ours:
+        raise UserError(f"{where}: --{' --'.join(ours)}: the grid gives it")
     path = run.out / "config.json"
     if path.exists():
-        saved = read_json(path).get("settings", {})
+        saved = read_run_config(run.out)["settings"]
     elif run.known:
         path = f"the record of {run.name}"
         saved = run.known[1]
@@ -124,18 +129,18 @@ def check(run, where, Settings):
         return
     for name, value in given.items():
         found = saved.get(name)
+        same = found in (value, without_paths(value))
         if isinstance(found, str):
-            found = os.path.expandvars(found)  # a record has names of variables
-        same = name in FREE or found == value
-        require(same, f"{where}: {path} has {name} {found}, the line {value}; move it")
+            same = same or os.path.expandvars(found) == value  # a record has names of variables
+        if not same and name not in FREE:
+            raise UserError(f"{where}: {path} has {name} {found}, the line {value}; move it")
 
 
 def finished(run):
     return run.known is not None or (run.out / "result.json").exists()
 
 
-# -------------------------------------------------------------------------------------------------
-# the runs
+# ---------- the runs ------------------------------------------------------------------------------
 
 
 def make(runs, program_name, jobs, path):
@@ -207,8 +212,7 @@ def record(runs, failed, path):
     return hours
 
 
-# -------------------------------------------------------------------------------------------------
-# the command line
+# ---------- the command line ----------------------------------------------------------------------
 
 
 def parse(argv):
@@ -224,7 +228,8 @@ def parse(argv):
     add("--program", default="train", help="module with flags as train has; default train")
     add("--dry-run", action="store_true", help="print the runs and stop")
     args = parser.parse_args(argv)
-    require(args.jobs > 0, "--jobs: expected 1 or more")
+    if args.jobs <= 0:
+        raise UserError("--jobs: expected 1 or more")
     return args
 
 
@@ -254,10 +259,12 @@ def main(argv=None):
             state = "finished" if finished(run) else f"{run.minutes:g} min"
             tell(f"{run.name}  {state}  {shlex.join(run.flags)}")
         return
-    require(hours <= args.hours, f"--hours {args.hours:g}: the plan has more; nothing was started")
+    if not (hours <= args.hours):
+        raise UserError(f"--hours {args.hours:g}: the plan has more; nothing was started")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "grid.lock", "ab") as file:
-        require(lock(file) != "taken", f"--out {folder}: another grid works there")
+        if lock(file) == "taken":
+            raise UserError(f"--out {folder}: another grid works there")
         failed = []
         try:
             failed = make(runs, args.program, args.jobs, path)
@@ -265,7 +272,8 @@ def main(argv=None):
             hours = record(runs, failed, path)
             done = sum(finished(run) for run in runs)
             tell(f"{done} of {len(runs)} runs are done, in {hours:.2f} core-hours")
-    require(not failed, f"{len(failed)} runs failed: {' '.join(failed)}; their .log says why")
+    if failed:
+        raise UserError(f"{len(failed)} runs failed: {' '.join(failed)}; their .log says why")
 
 
 if __name__ == "__main__":

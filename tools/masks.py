@@ -19,18 +19,19 @@ import numpy as np
 import torch
 from safetensors.numpy import save as numpy_to_safetensors
 
-from data import get_task, load_tokenizer, word_ids
-from eval import evaluate, load_dev, show, trained_on
-from model import load_model, model_sha256
+from data import get_task, kind_of, load_dev
+from eval import entropy, evaluate
+from models.checkpoint import load_model, model_sha256, read_safetensors
+from models.runs import read_run_config, trained_on
+from models.tokenizer import load_tokenizer, word_ids
 from prune import METHODS, mask_matrices, masked_linears
-from tools.common import UserError, atomic_write, is_stream, read_json, read_safetensors, require
-from tools.common import tell
-from tools.fetch import find_model
-from tools.sizes import entropy
-from train import COMMON, DTYPES, RECIPES
+from support.fetch import find_model
+from support.files import atomic_write, is_stream
+from support.machine import DTYPES
+from support.recipes import COMMON, MAX_LENGTH
+from support.terminal import UserError, show, tell
 
-# -------------------------------------------------------------------------------------------------
-# masks as bytes
+# ---------- masks as bytes ------------------------------------------------------------------------
 
 
 def pack(mask):
@@ -90,9 +91,9 @@ def save_mask(run, path, which="model"):
     where the run has trained weights, because the mask is then not all of it.
     """
     run = Path(run)
-    config = read_json(run / "config.json")
-    method = config.get("settings", {}).get("method")
-    if method not in METHODS or METHODS[method].output_head != "words":
+    config = read_run_config(run)
+    if not is_mask_alone(config):
+        method = config["settings"]["method"]
         advice = "only those of smp-l and smp-s are masks alone"
         raise UserError(f"{run}: a {method} run trains weights; {advice}")
     masks = read_masks_of_run(run if which == "model" else run / which)
@@ -112,12 +113,21 @@ def save_mask(run, path, which="model"):
     )
 
 
+def is_mask_alone(config):
+    """Has the run with this config learned nothing but scores?"""
+    method = config["settings"]["method"]
+    older = method in list(METHODS) and METHODS[method].output_head == "words"
+    return config.get("only_scores", older)  # older runs do not say it
+
+
 def read_masks_of_run(folder):
     """Return {matrix: bool array (out, in)} from the scores in `folder`, in order of the names."""
     path = folder / "scores.safetensors"
-    require(path.is_file(), f"{path}: no such file; finish the run, or train it again")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; finish the run, or train it again")
     tensors, _ = read_safetensors(path)
-    require(any(name.endswith(".mask") for name in tensors), f"{path}: holds no mask")
+    if not any(name.endswith(".mask") for name in tensors):
+        raise UserError(f"{path}: holds no mask")
     masks = {}
     for name in sorted(tensors):
         if name.endswith(".mask"):
@@ -153,16 +163,8 @@ def describe_mask(config, masks, packed):
 
 
 # What the header of a mask file must hold, and of which type.
-ABOUT = {
-    "base": str,
-    "base_sha256": str,
-    "task": str,
-    "labels": list,
-    "words": list,
-    "max_length": int,
-    "dtype": str,
-    "matrices": list,
-}
+ABOUT = dict.fromkeys(("base", "base_sha256", "task", "dtype"), str)
+ABOUT |= dict.fromkeys(("labels", "words", "matrices"), list) | {"max_length": int}
 
 
 def read_mask(path):
@@ -176,8 +178,8 @@ def read_mask(path):
         payload = tensors["mask"].numpy().tobytes()
         if header["sha256"] != digest(about, payload):
             raise ValueError("its checksum does not fit")
-        for name, kind in ABOUT.items():
-            if type(about[name]) is not kind:
+        for name, expected in ABOUT.items():
+            if type(about[name]) is not expected:
                 raise ValueError(f"{name} is {about[name]!r}")
         if about["dtype"] not in DTYPES:
             raise ValueError(f"dtype is {about['dtype']!r}")
@@ -240,8 +242,7 @@ def read_released(path, shapes):
     return masks
 
 
-# -------------------------------------------------------------------------------------------------
-# evaluating masks: one base, many tasks
+# ---------- evaluating masks: one base, many tasks ------------------------------------------------
 
 
 def masked_base(base, device):
@@ -251,12 +252,12 @@ def masked_base(base, device):
     return model.to(device), masked_linears(model)
 
 
-def switch(model, linears, masks, words, kind):
+def switch(model, linears, masks, words, form):
     """Make the base in memory the model of another task.
 
-    That is done by its masks, its label words (ids) and the task's kind.
+    That is done by its masks, its label words (ids) and the form of its output head.
     """
-    model.kind = kind
+    model.form = form
     for name, linear in linears.items():
         linear.mask.copy_(torch.from_numpy(masks[name]))
     model.words = torch.tensor(words, device=model.words.device)
@@ -273,7 +274,7 @@ def read_any_mask(path, base, sha256, shapes, task_name, task_file):
         if not task_name:
             raise UserError(f"{path}: a released mask does not name its task; give --task")
         kind = get_task(task_name, task_file).kind
-        length = RECIPES.get(f"kind {kind}", COMMON)["max_length"]
+        length = MAX_LENGTH.get(kind, COMMON["max_length"])
         about = {"task": task_name, "max_length": length, "dtype": "fp32"}
         return about, read_released(path, shapes)
     about, payload = read_mask(path)
@@ -295,20 +296,21 @@ def evaluate_masks(base, paths, device, data_dir, task_name=None, words=(), task
     for path in paths:
         about, masks = read_any_mask(path, base, sha256, shapes, task_name, task_file)
         if "labels" in about:
-            other = task_name not in (None, about["task"])
-            require(not other, f"--task {task_name}: {path} is a mask for {about['task']}")
+            if task_name not in (None, about["task"]):
+                raise UserError(f"--task {task_name}: {path} is a mask for {about['task']}")
             task = trained_on(path, about | {"task_file": task_file})
         else:  # a released mask does not say what it was trained on
             task = get_task(task_name, task_file)
         length = about["max_length"]
         longest = model.config.positions
-        fits = 8 <= length <= longest
-        require(fits, f"{path}: texts of {length} tokens; {base} takes 8 to {longest}")
+        if not 8 <= length <= longest:
+            raise UserError(f"{path}: texts of {length} tokens; {base} takes 8 to {longest}")
         label_words = words or about.get("words") or task.words
         outputs = (len(task.labels),) if task.labels else (1, 2)
-        counted = f"{len(label_words)} label words: {task.name} has {outputs[-1]}"
-        require(len(label_words) in outputs, f"{path}: {counted}")
-        switch(model, linears, masks, word_ids(tokenizer, label_words), task.kind)
+        if len(label_words) not in outputs:
+            counted = f"{len(label_words)} label words: {task.name} has {outputs[-1]}"
+            raise UserError(f"{path}: {counted}")
+        switch(model, linears, masks, word_ids(tokenizer, label_words), kind_of(task).form)
         dev_sets = load_dev(task, tokenizer, about["max_length"], data_dir)
         metrics = evaluate(model, task, dev_sets, device, about["dtype"])
         kept, total = count(masks)

@@ -9,19 +9,14 @@ import json
 import os
 from pathlib import Path
 
-from tools.common import UserError, atomic_write, read_json, require
+from models.runs import read_run_config
+from support.files import atomic_write, read_json
+from support.terminal import UserError
 
 # What a table needs of the two files of a run.
-RESULT = {
-    "task": str,
-    "method": str,
-    "density": (int, float, type(None)),
-    "achieved_density": float,
-    "metrics": dict,
-    "best": dict,
-    "epochs": (int, float),
-    "train_seconds": (int, float),
-}
+RESULT = dict.fromkeys(("task", "method"), str) | {"density": (int, float, type(None))}
+RESULT |= {"achieved_density": float, "metrics": dict, "best": dict}
+RESULT |= dict.fromkeys(("epochs", "train_seconds"), (int, float))
 SETTINGS = {"method": str, "teacher": (str, type(None)), "regression": str}
 NOT_RECORDED = ("out", "data_dir", "device", "resume", "log_every")  # they change no result
 
@@ -30,11 +25,11 @@ def read_run(run):
     """Return (result, settings) of a run folder; UserError where it is not finished, or damaged."""
     run = Path(run)
     path = run / "result.json"
-    require(path.exists(), f"{run}: no result.json; a run that is not finished, or none")
+    if not path.exists():
+        raise UserError(f"{run}: no result.json; a run that is not finished, or none")
     result = read_json(path)
-    config = read_json(run / "config.json")
-    settings = config.get("settings")
-    require(isinstance(settings, dict), f"{run}/config.json: no settings")
+    config = read_run_config(run)
+    settings = config["settings"]
     if "dtype" in config:
         settings["dtype"] = config["dtype"]  # what "auto" was on that machine
     check(path, result, run / "config.json", settings)
@@ -47,15 +42,16 @@ def check(path, result, place, settings):
     check_values(path, result["best"], {"metrics": dict})
     check_values(place, settings, SETTINGS)
     for metrics in (result["metrics"], result["best"]["metrics"]):
-        numbers = all(isinstance(value, (int, float)) for value in metrics.values())
-        require(metrics and numbers, f"{path}: metrics are {metrics}, expected numbers")
+        numbers = [isinstance(value, (int, float)) for value in metrics.values()]
+        if not metrics or not all(numbers):
+            raise UserError(f"{path}: metrics are {metrics}, expected numbers")
 
 
 def check_values(path, found, types):
     """Raise UserError unless `found` has each name of `types`, with a value of its type."""
-    for name, kind in types.items():
-        valid = name in found and isinstance(found[name], kind)
-        require(valid, f"{path}: {name} is missing, or not of the kind that train.py writes")
+    for name, expected in types.items():
+        if name not in found or not isinstance(found[name], expected):
+            raise UserError(f"{path}: {name} is missing, or not of the type that train.py writes")
 
 
 def read_record(path):
@@ -71,16 +67,18 @@ def read_record(path):
         row = parse(line, where)
         if number == 1:
             common = row.get("common")
-            require(isinstance(common, dict), f"{where}: no common settings; not a record of runs")
+            if not isinstance(common, dict):
+                raise UserError(f"{where}: no common settings; not a record of runs")
             continue
         parts = [row.get("run"), row.get("settings"), row.get("result")]
-        right = [type(part) for part in parts] == [str, dict, dict]
-        require(right, f"{where}: expected a run, its settings and its result")
+        if [type(part) for part in parts] != [str, dict, dict]:
+            raise UserError(f"{where}: expected a run, its settings and its result")
         name, own, result = parts
         settings = common | own | {"out": name}
         check(where, result, where, settings)
         runs[name] = (result, settings)
-    require(lines, f"{path}: empty; not a record of runs")
+    if not lines:
+        raise UserError(f"{path}: empty; not a record of runs")
     return runs
 
 
@@ -89,7 +87,8 @@ def parse(line, where):
         row = json.loads(line)
     except (ValueError, RecursionError):
         row = None
-    require(isinstance(row, dict), f"{where}: not a JSON object")
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: not a JSON object")
     return row
 
 
@@ -106,17 +105,32 @@ def write_record(path, state, runs):
 
 
 def portable(settings):
-    """Return the settings that matter, with $NAME in place of a path that a variable holds."""
-    names = {value: f"${name}" for name, value in sorted(os.environ.items()) if "/" in value}
+    """Return the settings that matter, without a path of this machine."""
     kept = {key: value for key, value in settings.items() if key not in NOT_RECORDED}
-    return {key: names.get(value, value) for key, value in kept.items()}
+    return {key: without_paths(value) for key, value in kept.items()}
+
+
+def without_paths(value):
+    """Return a setting with $NAME in place of a folder that an environment variable holds.
+
+    Of another absolute path only the last name stays. A value may have "self:" before its path.
+    """
+    if not isinstance(value, str) or "/" not in value:
+        return value
+    before, colon, path = value.rpartition(":")
+    if not os.path.isabs(path):
+        return value  # an id of the hub, or a folder below the working directory
+    variables = {name: folder for name, folder in os.environ.items() if not name.endswith("PWD")}
+    for name, folder in sorted(variables.items(), key=lambda item: -len(item[1])):  # longest first
+        below = f"{path}/".startswith(folder.rstrip("/") + "/")
+        if below and folder.count("/") > 1:  # not the root, and not /tmp
+            return f"{before}{colon}${name}{path.removeprefix(folder.rstrip('/'))}"
+    return f"{before}{colon}{os.path.basename(path)}"
 
 
 def shared(rows):
     """Return the settings that have one value in all of `rows`."""
-    first = rows[0] if rows else {}
-    return {key: value for key, value in first.items() if all(has(row, key, value) for row in rows)}
-
-
-def has(row, key, value):
-    return key in row and row[key] == value
+    common = dict(rows[0]) if rows else {}
+    for row in rows:
+        common = {key: value for key, value in common.items() if key in row and row[key] == value}
+    return common

@@ -1,25 +1,29 @@
-"""Reports over finished runs: a table, a picture, and the metrics at other densities.
+"""Reports over finished runs: tables, pictures, a comparison, and the metrics at other densities.
 
     python -m tools.report runs/*                      one Markdown table over all runs
     python -m tools.report runs/* --pivot              a row per method, a column per density
     python -m tools.report runs/* --curve CURVE.png    metric against density, a line per method
+    python -m tools.report runs/* --first 'stsb-smp-s-*' --second 'stsb-smp-l-*'
+                                                       is one method better than another?
     python -m tools.report RUN --plot RUN.png          densities and training curves, as a picture
     python -m tools.report RUN --plot RUN.png --best   the same with the densities of the best model
     python -m tools.report RUN --density 0.2 0.1 0.05  dev metrics at other densities
 
+Runs are run folders, folders of runs, and records of tools.grid. Names of runs have * for any text.
+
+--first and --second compare pairs of runs of one model, task, density and seed. A dense run is a
+pair with the runs of every density. The metric is the first one of the task, on dev at the last
+step, in percent. docs/usage.md says on what the interval rests.
+
 `python eval.py RUN` reports the metrics, densities and sizes of one run.
 """
 
-import signal
-import sys
+from support.terminal import Parser, UserError, as_flag, program, show, tell  # first: torch is slow
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program at once
-    print("loading torch", file=sys.stderr)  # this takes a second or two
-
-import io
 import itertools
 import json
+import math
+import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,17 +31,18 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from eval import evaluate, load_dev, load_run, show
-from model import load_model, model_sha256
-from prune import METHODS, encoder_matrices
-from tools.common import Parser, UserError, as_flag, atomic_write, pick_device, program
-from tools.common import read_json, read_safetensors, require, tell
-from tools.fetch import find_model
+from data import kind_of, load_dev
+from eval import evaluate
+from models.checkpoint import load_model, model_sha256, read_safetensors
+from models.runs import load_run, read_run_config
+from prune import METHODS
+from support.fetch import find_model
+from support.machine import DEVICES, pick_device
+from support.patterns import check_density
+from tools import pictures
 from tools.record import NOT_RECORDED, read_record, read_run
-from tools.sizes import kept_weights
 
-# -------------------------------------------------------------------------------------------------
-# a table over runs
+# ---------- a table over runs ---------------------------------------------------------------------
 
 HEADER = """\
 | task | method | density | achieved | seeds | epochs | last step | best on dev | minutes |
@@ -102,7 +107,8 @@ def finished(runs, patterns=None):
             tell(f"left out: {error}", sys.stderr)
     if patterns:
         found = [(result, settings) for result, settings in found if fits(settings, patterns)]
-    require(found, "no finished run among these folders")
+    if not found:
+        raise UserError("no finished run among these folders")
     return found
 
 
@@ -189,56 +195,7 @@ def mean_of(values):
     if not values:
         return ""
     text = f"{np.mean(values):.1f}"
-    return f"{text} ± {spread(values):.1f}" if len(values) > 1 else text
-
-
-# -------------------------------------------------------------------------------------------------
-# pictures
-
-
-def new_figure(path, flag, size):
-    """Return (an empty figure, the path); a path without an ending gets .png.
-
-    Raises UserError where matplotlib is not installed, or cannot write such a file.
-    """
-    try:
-        from matplotlib.figure import Figure  # pyplot would want a display, and keeps a state
-    except ImportError:
-        advice = "which is not installed: pip install matplotlib"
-        raise UserError(f"{flag} draws with matplotlib, {advice}") from None
-    require(path.name, f"{flag} {path}: expected the name of a file")
-    if not path.suffix:
-        path = path.with_name(f"{path.name}.png")
-    figure = Figure(figsize=size, layout="constrained")
-    kinds = figure.canvas.get_supported_filetypes()
-    known = path.suffix[1:].lower() in kinds
-    require(known, f"{flag} {path}: the ending is none of {', '.join(sorted(kinds))}")
-    return figure, path
-
-
-def save_figure(figure, path):
-    picture = io.BytesIO()
-    figure.savefig(picture, format=path.suffix[1:].lower(), dpi=150)
-    atomic_write(path, picture.getvalue())
-
-
-def curve(found, path):
-    """Draw the first metric at the last step against density: a panel a task, a line a method.
-
-    A line is the mean over seeds, and its band one standard deviation each way. Dense runs are a
-    dashed line. Runs that differ in more than seed and density have lines of their own.
-    """
-    lines = densities_of_lines(found)
-    metrics = {result["task"]: next(iter(result["metrics"])) for result, _ in found}
-    figure, path = new_figure(path, "--curve", size=(6.5 * len(metrics), 4.2))
-    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
-    labels = sorted({label for _, label in lines})
-    for panel, task in zip(panels, sorted(metrics)):
-        here = {label: points for (t, label), points in lines.items() if t == task}
-        draw_panel(panel, here, labels)
-        panel.set(title=task, xlabel="density", ylabel=f"{metrics[task]} on dev, percent")
-    save_figure(figure, path)
-    print(f"{path}: {len(lines)} lines, {len(metrics)} tasks")
+    return f"{text} ± {pictures.spread(values):.1f}" if len(values) > 1 else text
 
 
 def densities_of_lines(found):
@@ -290,148 +247,126 @@ def by_density(line):
     return points
 
 
-def spread(values):
-    """Return the standard deviation over seeds; 0 of a single one."""
-    return np.std(values, ddof=1) if len(values) > 1 else 0.0
+# ---------- is one method better than another? ----------------------------------------------------
+
+DENSE = 1.0  # the density of a dense run
+
+# The 97.5% quantiles of Student's t distribution, by degrees of freedom
+T975 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+T975 |= {10: 2.23, 12: 2.18, 14: 2.14, 16: 2.12, 20: 2.09, 30: 2.04, 60: 2.00}
 
 
-def draw_panel(axes, lines, labels):
-    """Draw the lines {label: {density: values}} of a task. `labels` are those of all tasks.
+def metrics_of(found):
+    """Return {(model, task, density, seed): metric in percent}; density None: none was asked for.
 
-    A label has the same colour in each panel.
+    Raises UserError where two runs have the same key: which of them to take is not known.
     """
-    for label, points in lines.items():
-        i = labels.index(label)
-        color = f"C{i % 10}"
-        style = ("o-", "s--", "^:")[i // 10 % 3]  # there are ten colours
-        densities = sorted(points)
-        means = np.array([np.mean(points[density]) for density in densities])
-        spreads = np.array([spread(points[density]) for density in densities])
-        if label.startswith("dense"):
-            axes.axhline(means[-1], color="black", linestyle="--", label=label)
-            axes.axhspan(*(means[-1] + spreads[-1] * np.array([-1, 1])), color="black", alpha=0.1)
-            continue
-        axes.plot(densities, means, style, color=color, label=label)
-        axes.fill_between(densities, means - spreads, means + spreads, color=color, alpha=0.2)
-    shown = sorted({density for points in lines.values() for density in points if density < 1})
-    axes.set_xscale("log")
-    axes.set_xticks(shown, [f"{density:g}" for density in shown])
-    axes.minorticks_off()
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    values = {}
+    names = {}
+    for result, settings in found:
+        model = str(settings.get("model"))
+        key = (model, result["task"], result["density"], settings.get("seed", 0))
+        name = settings.get("out")
+        text = f"{names.get(key)} and {name} have the same model, task, density and seed"
+        if key in names:
+            raise UserError(f"{text}: give names that only one of them fits")
+        names[key] = name
+        values[key] = 100 * next(iter(result["metrics"].values()))
+    return values
 
 
-# -------------------------------------------------------------------------------------------------
-# a picture of a run
+def pairs(first, second):
+    """Return {(model, task, density): [(first, second), ...]} of two results of `metrics_of`."""
+    cells = {}
+    for key in sorted(first.keys() | second.keys(), key=str):
+        model, task, density, seed = key
+        dense = (model, task, DENSE, seed)
+        one = first.get(key, first.get(dense))
+        other = second.get(key, second.get(dense))
+        if one is not None and other is not None:
+            cells.setdefault((model, task, density), []).append((one, other))
+    return cells
 
 
-def head_densities(model):
-    """Return the fraction of non-zero weights in each attention head, as saved: (L, H).
+def interval(cells):
+    """Return (mean, half the width of the 95% interval) of differences; None: one pair tells none.
 
-    A head is its rows of Q, K and V and its columns of O.
+    `cells` is a list of lists of differences, one list per cell.
     """
-    matrices = encoder_matrices(model)
-    densities = []
-    for i in range(len(model.layers)):
-        q, k, v, o = [matrices[letter][i].weight != 0 for letter in "QKVO"]
-        kept = torch.stack([q, k, v, o.T])  # (4, C, C)
-        kept = kept.unflatten(1, (model.num_heads, -1))  # (4, C, C) -> (4, H, D, C)
-        densities.append(kept.float().mean((0, 2, 3)))  # (H,)
-    return torch.stack(densities).numpy()
+    means = [np.mean(cell) for cell in cells]
+    mean = float(np.mean(means))
+    freedom = sum(len(cell) - 1 for cell in cells)
+    if freedom:  # the variance between the seeds of a cell, pooled over the cells
+        squares = sum(np.square(cell - np.mean(cell)).sum() for cell in cells)
+        variance = squares / freedom
+        error = math.sqrt(sum(variance / len(cell) for cell in cells)) / len(cells)
+    elif len(cells) > 1:
+        freedom = len(cells) - 1
+        error = np.std(means, ddof=1) / math.sqrt(len(cells))
+    else:
+        return mean, None
+    quantile = T975[max(known for known in T975 if known <= freedom)]
+    return mean, float(quantile * error)
 
 
-def plot(run, which, path):
-    """Draw a run: the density of each matrix and each attention head, and its training curves.
+def verdict(mean, half):
+    if half is None:
+        return "one pair tells nothing"
+    if mean - half > 0:
+        return "the first is above the second"
+    if mean + half < 0:
+        return "the first is below the second"
+    return "cannot be told apart"
 
-    The curves are the loss, the density and the first metric on dev. Raises UserError as
-    `new_figure` does.
+
+def compare(first, second, densities=None):
+    """Print a row per cell, and the mean over the cells of each task and over all cells.
+
+    `first` and `second` are from `metrics_of`. With `densities`, only their cells count.
     """
-    figure, path = new_figure(path, "--plot", size=(12, 3.6))
-    model, task, _, settings = load_run(run, which)
-    kept, sizes = kept_weights(model)
-    per_head = head_densities(model)
-    density = kept.sum() / sizes.sum()
-    figure.suptitle(f"{settings['method']} on {task.name}, density {density:.4f}")
-    left, middle, right = figure.subplots(1, 3, width_ratios=(3, 4, 5))
-    draw_densities(figure, left, kept / sizes, kind="matrix", names=list(model.matrices))
-    draw_densities(figure, middle, per_head, kind="head", names=range(model.num_heads))
-    draw_curves(right, read_log(run), metric=task.metrics[0])
-    save_figure(figure, path)
-    print(f"{path}: {kept.sum():,} of {sizes.sum():,} weights kept")
+    cells = pairs(first, second)
+    if densities:
+        cells = {cell: values for cell, values in cells.items() if cell[2] in densities}
+    if not cells:
+        raise UserError("no pair: no two runs have the same model, task, density and seed")
+    print("| model | task | density | pairs | first | second | difference |")
+    print("|---|---|---|---|---|---|---|")
+    by_task = {}
+    for (model, task, density), values in sorted(cells.items(), key=from_dense_to_sparse):
+        first, second = np.array(values).T  # (pairs, 2) -> 2 x (pairs,)
+        model = Path(model).name
+        by_task.setdefault((model, task), []).append(first - second)
+        text = f"{np.mean(first - second):+.1f}"
+        if len(values) > 1:
+            text += f" ± {pictures.spread(first - second):.1f}"
+        kept = "none asked" if density is None else f"{density:g}"
+        print(
+            f"| {model} | {task} | {kept} | {len(values)} | {np.mean(first):.1f} "
+            f"| {np.mean(second):.1f} | {text} |"
+        )
+    if len(by_task) > 1:
+        for (model, task), differences in by_task.items():
+            print(f"\n{model}, {task}: {summary(differences)}")
+    print(f"\nall: {summary(list(itertools.chain(*by_task.values())))}")
 
 
-def read_log(run):
-    """Return the rows of a run's metrics.jsonl. A line that is no row is left out, and named."""
-    path = Path(run) / "metrics.jsonl"
-    require(path.is_file(), f"{path}: no such file")
-    rows = []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line) if line else {}
-        except ValueError:
-            row = None
-        if is_row(row):
-            rows.append(row)
-        elif line:
-            tell(f"{path}:{number}: left out, not a row of a log", sys.stderr)
-    return rows
+def summary(differences):
+    """Return one line about differences, a list with an array for each cell."""
+    mean, half = interval(differences)
+    width = "" if half is None else f", 95% interval {mean - half:+.1f} to {mean + half:+.1f}"
+    pairs = sum(map(len, differences))
+    above = sum(np.mean(cell) > 0 for cell in differences)
+    counts = f"{pairs} pairs, cells: {len(differences)}, of them above 0: {above}"
+    return f"mean {mean:+.1f}{width}: {verdict(mean, half)} ({counts})"
 
 
-def is_row(row):
-    """Is this a row of a log, with numbers where numbers belong?"""
-    if not isinstance(row, dict) or not isinstance(row.get("metrics", {}), dict):
-        return False
-    values = [row.get("step"), row.get("loss", 0), row.get("density", 0)]
-    values += row.get("metrics", {}).values()
-    return all(isinstance(value, (int, float)) for value in values)
+def from_dense_to_sparse(item):
+    """Sort cells by model and task, and from dense to sparse."""
+    (model, task, density), _ = item
+    return model, task, -(density or 1)
 
 
-def draw_densities(figure, axes, densities, kind, names):
-    """Draw `densities` (L, len(names)) as a map of layers and of `names`.
-
-    The colours mean the same in every picture: from 0 to 1, and finer for small densities, because
-    they follow the square root.
-    """
-    from matplotlib.colors import PowerNorm
-
-    image = axes.imshow(densities, norm=PowerNorm(0.5, vmin=0, vmax=1), aspect="auto")
-    axes.set(title=f"density of each {kind}", ylabel="layer", xlabel=kind)
-    axes.set_xticks(range(len(names)), names)
-    axes.yaxis.get_major_locator().set_params(integer=True)
-    figure.colorbar(image, ax=axes, ticks=(0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1))
-
-
-def draw_curves(axes, rows, metric):
-    """Draw density and metric over the steps, and on an axis of its own the loss."""
-    measured = [row for row in rows if metric in row.get("metrics", {})]
-    steps = [row["step"] for row in measured]
-    values = [row["metrics"][metric] for row in measured]
-    lowest = min([0.02, *values]) - 0.02  # a correlation may be negative
-    last = max([1, *[row["step"] for row in rows]])
-    axes.set(xlabel="step", xlim=(0, last), ylim=(lowest, 1.2))  # above 1 the legend has room
-    axes.set_ylabel("density", color="C0")
-    loss_axes = axes.twinx()
-    loss_axes.set_ylabel("loss", color="C1")
-    axes.tick_params(axis="y", colors="C0")
-    loss_axes.tick_params(axis="y", colors="C1")
-    lines = draw_curve(axes, rows, "density", color="C0")
-    lines += draw_curve(loss_axes, rows, "loss", color="C1")
-    lines += axes.plot(steps, values, "C2o-", label=f"{metric} on dev (left)", clip_on=False)
-    highest = max([0.1, *[row["loss"] for row in rows if "loss" in row]])
-    loss_axes.set_ylim(0, 1.2 * highest)
-    loss_axes.legend(handles=lines, loc="upper center", ncols=3, fontsize="small")
-
-
-def draw_curve(axes, rows, key, color):
-    """Draw `key` over the steps, from those rows that have it; return the line in a list."""
-    logged = [row for row in rows if key in row]
-    steps = [row["step"] for row in logged]
-    values = [row[key] for row in logged]
-    return axes.plot(steps, values, color=color, label=key)
-
-
-# -------------------------------------------------------------------------------------------------
-# other densities
+# ---------- other densities -----------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -447,22 +382,17 @@ def sweep(run, densities, device, data_dir):
             raise UserError(f"--density {density}: expected a number in (0, 1]")
     model, method, task, tokenizer = with_method(run, device)
     settings = method.settings
-    dtype = read_json(Path(run) / "config.json")["dtype"]
+    dtype = read_run_config(run)["dtype"]
     dev_sets = load_dev(task, tokenizer, settings.max_length, data_dir)
     for density in densities:
         settings.density = density
-        check_density(method)
+        try:
+            check_density(method)
+        except ValueError as error:
+            raise UserError(f"--density: {error}") from None
         method.update(1)  # step 1 of 1: the density is the final one
         metrics = show(evaluate(model, task, dev_sets, device, dtype))
         print(f"density {density:g}, achieved {method.achieved():.4f}: {metrics}", flush=True)
-
-
-def check_density(method):
-    """Raise UserError where the density of the method keeps nothing."""
-    try:
-        method.check_density()
-    except ValueError as error:
-        raise UserError(f"--density: {error}") from None
 
 
 def with_method(run, device):
@@ -471,16 +401,16 @@ def with_method(run, device):
     What a mask drops is there, too. Raises UserError as `sweep` does.
     """
     _, task, tokenizer, s = load_run(run)
-    config = read_json(Path(run) / "config.json")
-    Method = METHODS[s["method"]]
-    if not Method.top_k:
+    config = read_run_config(run)
+    Method = METHODS.get(s["method"])
+    if Method is None or not Method.top_k:
         advice = "those of smp, movement and magnitude can"
         raise UserError(f"--density: a {s['method']} run cannot be ranked again; {advice}")
     source = find_model(s["model"])
     if model_sha256(source) != config["model_sha256"]:
         raise UserError(f"--density: {s['model']} is no longer the model that {run} began with")
     head = (Method.output_head, config["outputs"], config["words"])
-    model = load_model(source, *head, s["seed"], kind=task.kind)
+    model = load_model(source, *head, s["seed"], form=kind_of(task).form)
     model.to(device)
     method = Method(model, SimpleNamespace(**s), total_steps=1)
     tensors, _ = read_safetensors(Path(run) / "checkpoint.safetensors")
@@ -490,41 +420,59 @@ def with_method(run, device):
     return model, method, task, tokenizer
 
 
-# -------------------------------------------------------------------------------------------------
-# the command line
+# ---------- the command line ----------------------------------------------------------------------
 
 
-@program
-def main(argv=None):
+def parse(argv):
     parser = Parser(__doc__)
     parser.prog = "python -m tools.report"
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="run folder of train.py, or record of tools.grid")
     add("--only", nargs="+", metavar="NAME", help="runs of these names, as 'stsb-*'")
-    add("--density", metavar="V", type=float, nargs="+", help="evaluate at other densities")
+    text = "evaluate at other densities; with --first: compare at these alone"
+    add("--density", metavar="V", type=float, nargs="+", help=text)
     add("--pivot", action="store_true", help="a row per method, a column per density")
     add("--curve", metavar="FILE", help="draw the metric of the runs against density (PNG, ...)")
+    add("--first", nargs="+", metavar="NAME", help="compare the runs of these names ...")
+    add("--second", nargs="+", metavar="NAME", help="... with those of these")
     add("--plot", metavar="FILE", help="draw densities and training curves (PNG, PDF, SVG)")
     add("--best", action="store_true", help="--plot: the best checkpoint on dev, not the last step")
     add("--data-dir", metavar="DIR", default="data", help="folder of the data; default data")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    add("--device", default="auto", choices=DEVICES)
     args = parser.parse_args(argv)
-    if len(args.runs) > 1 and (args.plot or args.density):
+    names = ("pivot", "curve", "first", "plot", "density")
+    given = [as_flag(name) for name in names if getattr(args, name)]
+    if len(given) > 1 and given != ["--first", "--density"]:
+        raise UserError(f"{' and '.join(given)}: give one of them")
+    if bool(args.first) != bool(args.second):
+        raise UserError("--first and --second: give both")
+    one_run = args.plot or (args.density and not args.first)
+    if one_run and len(args.runs) > 1:
         raise UserError("--plot and --density take one run")
-    given = [f"--{name}" for name in ("pivot", "curve", "plot", "density") if getattr(args, name)]
-    require(len(given) < 2, f"{' and '.join(given)}: give one of them")
-    require(args.plot or not args.best, "--best: only with --plot")
-    require(not (args.only and (args.plot or args.density)), "--only: chooses among several runs")
+    if args.best and not args.plot:
+        raise UserError("--best: only with --plot")
+    if args.only and (one_run or args.first):
+        raise UserError("--only: chooses among several runs")
+    return args
+
+
+@program
+def main(argv=None):
+    args = parse(argv)
     device = pick_device(args.device)
-    run = args.runs[0]
-    if args.density:
-        sweep(run, args.density, device, args.data_dir)
+    if args.first:
+        found = [metrics_of(finished(args.runs, names)) for names in (args.first, args.second)]
+        compare(*found, args.density)
+    elif args.density:
+        sweep(args.runs[0], args.density, device, args.data_dir)
     elif args.plot:
-        plot(run, "best" if args.best else "model", Path(args.plot))
+        pictures.plot(args.runs[0], "best" if args.best else "model", Path(args.plot))
     elif args.pivot:
         pivot(finished(args.runs, args.only))
     elif args.curve:
-        curve(finished(args.runs, args.only), Path(args.curve))
+        found = finished(args.runs, args.only)
+        metrics = {result["task"]: next(iter(result["metrics"])) for result, _ in found}
+        pictures.curve(densities_of_lines(found), metrics, Path(args.curve))
     else:
         table(finished(args.runs, args.only))
 

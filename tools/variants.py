@@ -11,17 +11,14 @@
 Each is a class beside those of prune.py. What is trained has the learning rate --lr.
 """
 
-import signal
-import sys
+import support.terminal  # noqa: F401  (first: torch takes a second or two)
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program at once
-    print("loading torch", file=sys.stderr)  # this takes a second or two
+import sys
 
 import torch
 
 from prune import METHODS, Dense, Pins, SMPLocal, SMPShared
-from tools.selection import top_k_masks
+from support.selection import top_k_masks
 
 
 class SMPGlobal(SMPLocal):

@@ -42,28 +42,7 @@ def select_by_sort(values, k):
     return torch.empty_like(kept).scatter_(1, order, kept).view_as(values)
 
 
-def as_one(matrices):
-    """Return L matrices of one shape as one tensor (L, out, in).
-
-    It is no copy where they lie side by side in memory.
-    """
-    first = matrices[0]
-    place = (first.untyped_storage()._cdata, first.storage_offset())
-    for i, matrix in enumerate(matrices):
-        here = (matrix.untyped_storage()._cdata, matrix.storage_offset() - i * matrix.numel())
-        if here != place or not matrix.is_contiguous():
-            return torch.stack(matrices)
-    shape = (len(matrices), *first.shape)
-    return first.as_strided(shape, (first.numel(), *first.stride()))
-
-
-def widest(tensor):
-    """Return float64, or float32 on MPS, which has none."""
-    return torch.float32 if tensor.is_mps else torch.float64
-
-
-# -------------------------------------------------------------------------------------------------
-# on a CPU
+# ---------- on a CPU ------------------------------------------------------------------------------
 
 
 def top_k_mask(values, k):
@@ -106,8 +85,7 @@ def kth_largest(values, k):
     return np.partition(values, n - k)[n - k]  # the sample misled
 
 
-# -------------------------------------------------------------------------------------------------
-# on a device
+# ---------- on a device ---------------------------------------------------------------------------
 #
 # The values of a matrix are in one order, without ties: the larger value first, and among equals
 # the one that comes first. A *cut* (v, b) is a place in that order, between two values. Before it

@@ -9,13 +9,12 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
-from tools.common import UserError, atomic_write, cache_home, live, read_json, require, tell
-from tools.common import writable
+from support.files import atomic_write, cache_home, read_json, writable
+from support.terminal import ROOT, UserError, live, tell
 
-DEMO = Path(__file__).parent.parent / "demo"
+DEMO = ROOT / "demo"
 
-# -------------------------------------------------------------------------------------------------
-# tasks
+# ---------- tasks ---------------------------------------------------------------------------------
 
 
 def locate(task, split, data_dir):
@@ -25,7 +24,8 @@ def locate(task, split, data_dir):
     and sources that are not there are downloaded. What we make goes to `data_dir`. If we may not
     write there, it goes to a folder of its own in `cache_home()`.
     """
-    require(split in task.files, f'{task.name} has no "{split}" split but {", ".join(task.files)}')
+    if split not in task.files:
+        raise UserError(f'{task.name} has no "{split}" split but {", ".join(task.files)}')
     name = task.files[split]
     data_dir = Path(data_dir)
     spare = cache_home() / task.sources[0][1][:16] if task.sources else data_dir
@@ -34,8 +34,10 @@ def locate(task, split, data_dir):
         for folder in folders:
             if (folder / file).is_file():
                 return folder / file
-    require(task.sources, f"{name}: no such file (the {split} split of task {task.name})")
-    require(data_dir.is_dir(), f"--data-dir {data_dir}: no such folder")
+    if not task.sources:
+        raise UserError(f"{name}: no such file (the {split} split of task {task.name})")
+    if not data_dir.is_dir():
+        raise UserError(f"--data-dir {data_dir}: no such folder")
     home = data_dir if writable(data_dir) else spare
     for source in task.sources:
         if Path(source[0]).name == name:  # the source is the file itself
@@ -63,8 +65,9 @@ def fetch(source, folders, home):
 
 def check_sha256(data, sha256, origin, advice):
     found = hashlib.sha256(data).hexdigest()
-    wrong = f"{len(data)} bytes, sha256 {found}, expected {sha256}"
-    require(found == sha256, f"{origin}: not the official file: {wrong}; {advice}")
+    if found != sha256:
+        wrong = f"{len(data)} bytes, sha256 {found}, expected {sha256}"
+        raise UserError(f"{origin}: not the official file: {wrong}; {advice}")
 
 
 def download(source, path):
@@ -124,8 +127,7 @@ def write_new(path, content):
         atomic_write(path, content)
 
 
-# -------------------------------------------------------------------------------------------------
-# checkpoints
+# ---------- checkpoints ---------------------------------------------------------------------------
 
 
 CONVERT = (
@@ -145,8 +147,9 @@ def find_model(name):
     if Path(name).is_dir():
         return Path(name)
     folder = from_hub(name)
-    found = list(folder.glob("*.safetensors"))
-    require(found, f"--model {name}: the hub has no model.safetensors; {CONVERT.format(name=name)}")
+    if not list(folder.glob("*.safetensors")):
+        advice = CONVERT.format(name=name)
+        raise UserError(f"--model {name}: the hub has no model.safetensors; {advice}")
     return folder
 
 
@@ -186,5 +189,6 @@ def model_files(folder):
     shards = read_json(index).get("weight_map")
     shards = list(shards.values()) if isinstance(shards, dict) else []
     plain = [isinstance(shard, str) and Path(shard).name == shard for shard in shards]
-    require(shards and all(plain), f"{index}: weight_map must name files of this folder")
+    if not shards or not all(plain):
+        raise UserError(f"{index}: weight_map must name files of this folder")
     return [folder / shard for shard in sorted(set(shards))]

@@ -1,0 +1,8 @@
+"""The kinds of task, one file each. `Classify` shows what all of them offer."""
+
+from kinds.classify import Classify
+from kinds.score import Score
+from kinds.span import Span
+from kinds.tag import Tag
+
+KINDS = {kind.name: kind for kind in (Classify, Score, Span, Tag)}

@@ -1,0 +1,267 @@
+"""The kind "classify": a text, or a pair of texts, has one of K labels.
+
+`Classify` has the functions that the other files call of every kind. train.py, data.py and eval.py
+know no kind by its name. An object of a kind belongs to one task.
+
+Axes: N examples, B examples of a batch, T tokens, K outputs of the model, C choices of a decision.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from kinds.metrics import f1, pearson
+from kinds.text import check_lines, encode, read_tsv
+from support.machine import autocast, inputs, send
+from support.terminal import UserError, live
+
+IGNORED = -100  # the label of a token at which nothing is decided
+
+# Tokens in a batch of `logits`, with padding. A CPU wants what its cache holds: it is 1.5 to 2.5
+# times as fast as with 1 << 14 (measured). A GPU wants many (not measured).
+MAX_TOKENS = {"cpu": 1 << 10, "mps": 1 << 14, "cuda": 1 << 17}
+
+HEADER = "index\tprediction\n"  # of a file of predictions, as the GLUE leaderboard takes it
+
+
+@dataclass
+class Decided:
+    """The decisions of a batch: what the model says of them, and how wrong it is."""
+
+    logits: torch.Tensor  # (..., C)
+    most_entropy: float | torch.Tensor  # log(number of choices), of all or of each decision
+    losses: torch.Tensor  # (...), one per decision
+    labels: torch.Tensor  # (...), or IGNORED
+    rows: torch.Tensor  # where the logits stand in a table over the whole split, see `collate`
+    mask: torch.Tensor  # (B, T), True where there is a token
+
+
+class Classify:
+    """A text or a pair of texts has one of K labels."""
+
+    name = "classify"
+    form = "pooled"  # of the output head, see HEADS in model.py
+    every_position = False  # are there logits at every position, or at position 0 alone?
+    label_per_token = False  # is a label that of a token, or that of a row?
+    keeps_text = False  # do predictions and metrics need the texts?
+    picks_label = True  # is a prediction one of the labels?
+    metrics = {
+        "accuracy": lambda predicted, labels: float(np.mean(predicted == labels)),
+        "f1": f1,
+        "matthews": pearson,  # Matthews' correlation is that of two 0-1 variables
+    }
+    # The keys of a task file besides those of every kind, and how many strings each of them holds;
+    # None: `describe` checks it
+    keys = {"columns": (1, 2), "label": (1, 1), "words": (1, 999), "labels": (2, 999)}
+    needed = keys  # those of them that must be there
+
+    def __init__(self, task):
+        self.task = task
+
+    # files
+
+    @classmethod
+    def describe(cls, values, expect):
+        """Return what a task file says in `values`, as fields of a Task.
+
+        `expect(condition, key, expected)` raises UserError, which names the key.
+        """
+        labels = tuple(values["labels"])
+        if len(labels) > 2:  # F1 and Matthews are those of two classes
+            expect(values["metric"] == ["accuracy"], "metric", "some of accuracy")
+        (label,) = values["label"]
+        columns = tuple(values["columns"])
+        return {"labels": labels, "spelling": labels, "columns": columns, "label": label}
+
+    def read(self, split, path, data):
+        """Return the texts in the bytes `data` of a file `path`, and what is right for each.
+
+        The latter, `gold`, is None in a test split. Raises UserError that names the place in the
+        file where something is not as it should be.
+
+        kind              a text                             its gold
+        classify, score   a string, or a pair of strings     an int64 class, or a float32 value
+        span              a pair (question, context)         (id, [(answer, its first character)])
+        tag               a list of words                    a list of tags
+        """
+        task = self.task
+        if not split.startswith(("train", "dev")):
+            rows = read_tsv(path, data, task.columns, "", (), bool(task.rows), task.drop_broken)
+            return [text for text, _, _ in rows], None
+        options = (task.label, task.header, bool(task.rows), task.drop_broken)
+        rows = read_tsv(path, data, task.columns, *options)
+        gold = [self.read_label(label, task.label, place) for _, label, place in rows]
+        return [text for text, _, _ in rows], self.to_gold(gold)
+
+    def read_label(self, text, column, place):
+        """Return the label that `text` means, at `place` of a file in a column of this name."""
+        if text in self.task.spelling:
+            return self.task.spelling.index(text)
+        expected = " or ".join(self.task.spelling)
+        raise UserError(f'{place}: unknown {column} "{text}", expected {expected}')
+
+    def to_gold(self, labels):
+        return np.array(labels, np.int64)
+
+    def is_labelled(self, gold):
+        """Does what was read of a split say what is right?"""
+        return gold is not None
+
+    # tokens
+
+    def encode(self, texts, gold, tokenizer, max_length):
+        """Return the arrays of a Dataset, by name; `texts` and `gold` are from `read`."""
+        arrays = encode(texts, tokenizer, max_length)
+        return arrays if gold is None else arrays | {"labels": gold}
+
+    def check(self, dataset):
+        """Warn of what a data set has lost."""
+
+    # decisions and their losses
+
+    def decide(self, net, batch, device, dtype):
+        """Return what `net` decides for a batch, see `Decided`."""
+        on_device = inputs(batch, device)
+        labels = send(batch["labels"], device)
+        with autocast(device, dtype):
+            logits = net(**on_device)  # (B, K) or (B, T, K)
+        mask = on_device["attention_mask"]
+        logits, most_entropy = self.choices(logits, mask)
+        losses = self.losses(logits, labels)
+        return Decided(logits, most_entropy, losses, labels, batch["rows"], mask)
+
+    def choices(self, logits, mask):
+        """Return the logits of decisions among C choices, (..., C), and their largest entropies.
+
+        kind              logits       decisions    choices
+        classify, score   (B, K)       (B, K)       K
+        span              (B, T, 2)    (B, 2, T)    the tokens, not the padding
+        tag               (B, T, K)    (B, T, K)    K
+
+        `mask` is (B, T). The largest entropy of a decision is log(number of its choices).
+        """
+        return logits, math.log(logits.size(-1))
+
+    def losses(self, logits, labels):
+        """Return the cross-entropy of each decision, shaped as `labels`, from logits (..., C).
+
+        It is 0 where the label is IGNORED.
+        """
+        flat = logits.flatten(0, -2)  # (..., C) -> (decisions, C)
+        losses = F.cross_entropy(flat, labels.flatten(), reduction="none", ignore_index=IGNORED)
+        return losses.view_as(labels)
+
+    def losses_taught(self, decided, table, weigh):
+        """Return the losses of decisions with a teacher's part.
+
+        `table` is what `teach` returned. `weigh(losses, logits, taught, most_entropy)` is
+        `distill` or `self_distill`.
+        """
+        taught = table[send(decided.rows, table.device)]
+        taught, _ = self.choices(taught, decided.mask)
+        losses = weigh(decided.losses, decided.logits, taught, decided.most_entropy)
+        return losses * (decided.labels != IGNORED)
+
+    # predictions
+
+    def logits(self, model, dataset, device, dtype):
+        """Return logits float32 on the CPU, in the order of the split, without dropout.
+
+        They are (N, K): a row per example or, where every position is read, per token. The batches
+        are the same every time. Under torchrun each rank computes its share of them.
+        """
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        parts = dataset.by_tokens(MAX_TOKENS[device.type])[rank::world]
+        was_training = model.training
+        model.eval()
+        rows = []
+        logits = []
+        with torch.no_grad(), autocast(device, dtype), live("predict", len(parts)) as bar:
+            for part in parts:
+                batch = dataset.collate(part)
+                rows.append(batch["rows"])
+                logits.append(model(**inputs(batch, device)))
+                bar.update()
+        model.train(was_training)
+        count = len(dataset.ids) if self.every_position else len(dataset)
+        table = torch.zeros(count + 1, model.outputs, device=device)  # the last row is for padding
+        for place, values in zip(rows, logits):
+            table[send(place, device)] = values
+        if world > 1:
+            dist.all_reduce(table)
+        return table[:-1].cpu()
+
+    def teach(self, model, dataset, device, dtype):
+        """Return what a teacher says of the training set: a tensor for `losses_taught`."""
+        return self.logits(model, dataset, device, dtype).to(device)
+
+    def predict(self, model, dataset, device, dtype):
+        """Return the predictions for each example of a split."""
+        return self.predictions(self.logits(model, dataset, device, dtype), dataset)
+
+    def predictions(self, logits, dataset):
+        """Return what the logits of a split say of each example.
+
+        classify: classes (N,). score: values (N,). span: strings. tag: lists of tags.
+        """
+        return logits.argmax(dim=1).numpy()
+
+    def measure(self, predicted, gold, suffix=""):
+        """Return {metric: value}, the first of which selects; `suffix` marks MNLI's second dev."""
+        metrics = {}
+        for full_name in self.task.metrics:
+            name = full_name.removesuffix("_mm")
+            if name + suffix == full_name:
+                metrics[full_name] = self.metrics[name](predicted, gold)
+        return metrics
+
+    # files of predictions, and the user's own texts
+
+    def spell(self, predicted, exact=False):
+        """Return each prediction as a string, as the task's files write it."""
+        return [self.task.spelling[i] for i in predicted]
+
+    def as_file(self, predicted, dataset, exact=False):
+        """Return the predictions of a split as the text of a file.
+
+        classify, score: TSV with HEADER, as the GLUE leaderboard takes it; `exact`: values as they
+        are, also those outside the range of the task.
+        span: {id: answer} in JSON, as SQuAD's official script takes it.
+        tag: lines of word, gold, predicted, and an empty line after a sentence, as for conlleval.
+        """
+        rows = [f"{i}\t{text}\n" for i, text in enumerate(self.spell(predicted, exact))]
+        return HEADER + "".join(rows)
+
+    def label(self, model, dataset, device, dtype):
+        """Return the predictions as strings, and the probability of each label, (N, K).
+
+        Only predictions that are labels have probabilities; else they are (N, 0).
+        """
+        logits = self.logits(model, dataset, device, dtype)
+        labels = len(self.task.labels) if self.picks_label else 0
+        shares = logits.softmax(dim=1)[:, :labels].numpy()
+        return self.spell(self.predictions(logits, dataset)), shares
+
+    def read_predictions(self, path, texts, gold):
+        """Return the predictions in a file that has the form of `as_file`, in the order of a split.
+
+        `texts` and `gold` are those of the split. Raises UserError where the file has another form,
+        or lacks a row or has one too many.
+        """
+        rows = read_tsv(path, Path(path).read_bytes(), ("index",), "prediction")
+        predicted = [self.read_label(text, "prediction", place) for _, text, place in rows]
+        expected = ["index", *[str(i) for i in range(len(texts))]]
+        check_lines(path, expected, ["index", *[index for index, _, _ in rows]])
+        return self.to_gold(predicted)
+
+    def from_rows(self, rows, path):
+        """Return (rows, texts, gold) to predict for a user's own rows of text, see `read`.
+
+        `rows` are strings or pairs of strings.
+        """
+        return rows, rows, None

@@ -1,0 +1,38 @@
+"""Metrics that more than one kind of task has."""
+
+from collections import Counter
+
+import numpy as np
+
+
+def f1(predicted, labels):
+    """Return F1 of class 1, or 0 where that class is neither predicted nor there."""
+    hits = np.sum((predicted == 1) & (labels == 1))
+    total = np.sum(predicted == 1) + np.sum(labels == 1)
+    return float(2 * hits / total) if total else 0.0
+
+
+def pearson(x, y):
+    """Return the Pearson correlation in float64, or 0 where one side is constant."""
+    x = np.asarray(x, np.float64)
+    y = np.asarray(y, np.float64)
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return 0.0
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def spearman(x, y):
+    """Return the Spearman correlation, which is the Pearson correlation of the ranks."""
+    return pearson(ranks(x), ranks(y))
+
+
+def ranks(x):
+    """Return average ranks: equal values share the mean of their places."""
+    _, place, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+
+def shared_words(words, right):
+    """Return F1 of two bags of words, or of two sets; 0 where both are empty."""
+    shared = sum((Counter(words) & Counter(right)).values())
+    return 2 * shared / (len(words) + len(right)) if shared else 0.0

@@ -1,0 +1,86 @@
+"""The kind "score": a text or a pair of texts has a number, as in STS-B.
+
+The model has one output, or two, which stand for the low end of the range and for the high end.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from kinds.classify import Classify
+from kinds.metrics import pearson, spearman
+from support.machine import send
+from support.terminal import UserError
+
+
+class Score(Classify):
+    """A text or a pair of texts has a number from `task.low` to `task.high`."""
+
+    name = "score"
+    picks_label = False
+    metrics = {"pearson": pearson, "spearman": spearman}
+    keys = {"columns": (1, 2), "label": (1, 1), "words": (1, 999), "range": None}
+    needed = keys
+
+    @classmethod
+    def describe(cls, values, expect):
+        ends = values["range"]
+        numbers = {type(end) for end in ends} <= {int, float}
+        in_order = numbers and len(ends) == 2 and ends[0] < ends[1]
+        expect(in_order, "range", "two numbers, the lower one first")
+        fields = {"labels": (), "spelling": (), "low": float(ends[0]), "high": float(ends[1])}
+        (label,) = values["label"]
+        return fields | {"columns": tuple(values["columns"]), "label": label}
+
+    def read_label(self, text, column, place):
+        low, high = self.task.low, self.task.high
+        if column == "prediction":  # it may lie outside
+            low, high = -1e9, 1e9
+        try:
+            value = float(text)
+            if low <= value <= high:  # False for nan
+                return value
+        except ValueError:
+            pass  # not a number
+        expected = f"a number from {low} to {high}"
+        raise UserError(f'{place}: unknown {column} "{text}", expected {expected}')
+
+    def to_gold(self, labels):
+        return np.array(labels, np.float32)
+
+    def losses(self, logits, labels):
+        """Return the loss of each value.
+
+        One output: squared error. Two outputs ("no", "yes"): cross-entropy against the soft target
+        p(yes) = (value - low) / (high - low) (Gao et al. 2021, section 3.2).
+        """
+        if logits.size(1) == 1:
+            return (logits[:, 0] - labels) ** 2
+        yes = (labels - self.task.low) / (self.task.high - self.task.low)
+        target = torch.stack([1 - yes, yes], dim=1)  # (B, 2)
+        return F.cross_entropy(logits, target, reduction="none")
+
+    def losses_taught(self, decided, table, weigh):
+        """Return half the error to the label and half that to the teacher's value.
+
+        A squared error has no entropy by which to weigh the teacher.
+        """
+        taught = table[send(decided.rows, table.device)]
+        return 0.5 * decided.losses + 0.5 * self.losses(decided.logits, taught)
+
+    def teach(self, model, dataset, device, dtype):
+        return self.to_value(self.logits(model, dataset, device, dtype)).to(device)
+
+    def to_value(self, logits):
+        """Return the value (B,) that one or two outputs stand for; see `losses`."""
+        if logits.size(1) == 1:
+            return logits[:, 0]
+        return self.task.low + (self.task.high - self.task.low) * logits.softmax(dim=1)[:, 1]
+
+    def predictions(self, logits, dataset):
+        return self.to_value(logits).numpy()
+
+    def spell(self, predicted, exact=False):
+        if exact:
+            return [f"{float(x):.6f}" for x in predicted]
+        return [f"{np.clip(float(x), self.task.low, self.task.high):.6f}" for x in predicted]

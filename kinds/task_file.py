@@ -1,0 +1,83 @@
+"""A task of your own, described in JSON."""
+
+import re
+
+from kinds import KINDS
+from support.files import read_json
+from support.terminal import UserError
+
+SPLITS = ("train", "dev", "test")
+# The keys of every kind, and how many strings each of them holds.
+KEYS = {"name": (1, 1), "train": (1, 1), "dev": (1, 1), "metric": (1, 3)}
+MAY_LACK = {"test": (1, 1), "kind": (1, 1)}
+
+
+def read_task_file(path):
+    """Return the fields of a Task that a JSON file describes.
+
+        {"name": "mine", "train": "train.tsv", "dev": "dev.tsv", "columns": ["question", "answer"],
+         "label": "label", "labels": ["bad", "good"], "words": ["no", "yes"], "metric": "accuracy"}
+        {"name": "squad-fr", "kind": "span", "train": "train.json", "dev": "dev.json",
+         "words": ["yes", "no"], "metric": ["f1", "em"]}
+
+    Paths are relative to the JSON file. "test" may name a third file. "metric" may be a list, and
+    the first one selects the best checkpoint. "words" are the label words, which SMP needs.
+    "kind" says what the files are, and which other keys there are:
+    - "classify" (default): TSVs with a header line. "columns" are one or two columns of text,
+      "label" is the column of labels, and "labels" are the strings in it.
+    - "score": the same, with "range": [0, 5] in place of "labels". Its two words are for the low
+      end and for the high end.
+    - "span": JSON files in the form of SQuAD v1.1. Its two words are for the start and the end.
+    - "tag": files in the form of CoNLL-2003. "labels" are "O" and the tags in BIO2. Without this
+      key they are those of the training file.
+    Raises UserError with the key that is wrong.
+    """
+    row = read_json(path)
+
+    def expect(condition, key, expected):
+        if not condition:
+            raise UserError(f'{path}: "{key}": expected {expected}')
+
+    name = row.get("kind", "score" if "range" in row else "classify")
+    expect(name in list(KINDS), "kind", f"one of {', '.join(KINDS)}")
+    kind = KINDS[name]
+    values = strings_in(row, kind, path, expect)
+    (name,) = values["name"]
+    expect(re.fullmatch(r"[\w.-]+", name), "name", "letters, digits, dots and dashes")
+    folder = path.resolve().parent
+    values["files"] = {split: str(folder / values[split][0]) for split in SPLITS if split in values}
+    known = set(values["metric"]) <= set(kind.metrics)
+    expect(known, "metric", f"some of {', '.join(kind.metrics)}")
+    own = kind.describe(values, expect)
+    words = tuple(values.get("words", ()))
+    count = len(own["labels"]) or 2
+    expect(len(words) in (count, 0), "words", f"{count} different strings")
+    return {
+        "name": name,
+        "folder": name,
+        "kind": kind.name,
+        "words": words,
+        "metrics": tuple(values["metric"]),
+        "files": values["files"],
+        **own,
+    }
+
+
+def strings_in(row, kind, path, expect):
+    """Return {key: list} of a task file, after a check of its keys and of their strings."""
+    counts = KEYS | MAY_LACK | kind.keys
+    for key in row:
+        if key not in counts:
+            raise UserError(f'{path}: unknown key "{key}"; the keys are {", ".join(counts)}')
+    for key in KEYS | kind.needed:
+        expect(key in row, key, "this key, but it is missing")
+    values = {key: value if isinstance(value, list) else [value] for key, value in row.items()}
+    for key, found in values.items():
+        if counts[key] is None:
+            continue
+        least, most = counts[key]
+        distinct = {text for text in found if isinstance(text, str) and text.strip("\0")}
+        valid = len(distinct) == len(found) and least <= len(found) <= most
+        several = f"{least} to {most} different strings"
+        expect(valid, key, several if most > 1 else "a string, not empty")
+    return values

@@ -1,0 +1,256 @@
+"""Checkpoints in Hugging Face's layout, in and out, and other files of tensors."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as from_safetensors
+from safetensors.torch import save as to_safetensors
+
+from model import Bert
+from models.roberta import Roberta
+from prune import masked_linears
+from support.fetch import model_files
+from support.files import atomic_write, read_json, sha256_of, write_json
+from support.terminal import UserError
+
+# The class of each "model_type" of config.json.
+ARCHITECTURES = {"bert": Bert, "roberta": Roberta}
+
+# ---------- files of tensors ----------------------------------------------------------------------
+
+
+def read_safetensors(path):
+    """Return ({name: tensor}, metadata) of a safetensors file; UserError if missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            return tensors, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
+
+
+def parse_safetensors(data, path):
+    """Return ({name: tensor}, metadata) of `data`, the bytes of a checkpoint at `path`."""
+    try:
+        tensors = from_safetensors(data)
+    except SafetensorError as error:
+        lost = "the run cannot be resumed; its best model so far, if any, is in best/"
+        raise UserError(f"{path}: damaged ({error}); {lost}") from None
+    size = int.from_bytes(data[:8], "little")  # of the header
+    return tensors, json.loads(data[8 : 8 + size]).get("__metadata__", {})
+
+
+def save_tensors(path, tensors, **header):
+    """Write {name: tensor} as a safetensors file; `header` is its metadata."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    atomic_write(path, to_safetensors(tensors, header))
+
+
+# ---------- reading a checkpoint ------------------------------------------------------------------
+
+
+def model_sha256(folder):
+    """Return the hex digest of a checkpoint's weights, which tells to which a mask belongs."""
+    return sha256_of(*model_files(folder))
+
+
+# What the keys of config.json may be, the value first that they have if they are not there.
+SUPPORTED = {
+    "model_type": tuple(ARCHITECTURES),
+    "hidden_act": ("gelu",),
+    "position_embedding_type": ("absolute",),
+    "is_decoder": (False,),
+}
+
+
+def read_config(folder):
+    """Return (class of the model, its Config) from folder/config.json.
+
+    Raises UserError if it is no model that we can build.
+    """
+    path = Path(folder) / "config.json"
+    raw = read_json(path)
+    for key, supported in SUPPORTED.items():
+        found = raw.get(key, supported[0])
+        if found not in supported:
+            expected = " or ".join(map(repr, supported))
+            raise UserError(f"{path}: {key} is {found!r}; expected {expected}")
+    Model = ARCHITECTURES[raw.get("model_type", "bert")]
+    values = {}
+    for field in fields(Model.Config):
+        value = raw.get(field.name, field.default)
+        most = 1 if field.name.endswith("prob") else 10**9
+        if type(value) not in (int, field.type) or not 0 <= value <= most:
+            expected = f"expected {field.type.__name__} from 0 to {most:,}"
+            raise UserError(f"{path}: {field.name} is {value!r}; {expected}")
+        values[field.name] = value
+    config = Model.Config(**values)
+    if min(config.hidden_size, config.num_hidden_layers, config.num_attention_heads) < 1:
+        raise UserError(f"{path}: hidden_size, num_hidden_layers, num_attention_heads are > 0")
+    if config.hidden_size % config.num_attention_heads:
+        heads = f"{config.num_attention_heads} attention heads"
+        raise UserError(f"{path}: hidden_size {config.hidden_size} is not a multiple of {heads}")
+    return Model, config
+
+
+def read_checkpoint(folder):
+    """Return {name: tensor} of a checkpoint in float32, under our names.
+
+    These are Hugging Face's names of today or, for RoBERTa, those that BERT would have.
+    """
+    Model, _ = read_config(folder)
+    prefix = Model.bare_class.removesuffix("Model").lower()
+    tensors = {}
+    for path in model_files(folder):
+        for name, tensor in read_safetensors(path)[0].items():
+            if name.endswith("position_ids"):  # a buffer that old versions saved
+                continue
+            if name.endswith((".gamma", ".beta")):  # LayerNorm in checkpoints from TensorFlow
+                name = name.replace(".gamma", ".weight").replace(".beta", ".bias")
+            if name.startswith(("embeddings.", "encoder.", "pooler.")):  # from a bare BertModel
+                name = f"{prefix}.{name}"
+            tensors[our_name(name, Model.hub_names)] = tensor.float()
+    decoder = tensors.pop("cls.predictions.decoder.weight", None)
+    embedding = tensors.get("bert.embeddings.word_embeddings.weight")
+    if decoder is not None and embedding is not None and not torch.equal(decoder, embedding):
+        message = "cls.predictions.decoder.weight differs from the word embeddings, it is not tied"
+        raise UserError(f"{folder}: {message}")
+    bias = tensors.pop("cls.predictions.decoder.bias", None)  # the same as cls.predictions.bias
+    if bias is not None:
+        tensors.setdefault("cls.predictions.bias", bias)
+    return tensors
+
+
+def our_name(name, hub_names):
+    for theirs, ours in hub_names.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+# What a checkpoint may hold that the model does not have ...
+MAY_BE_EXTRA = ("bert.pooler.", "cls.", "classifier.", "qa_outputs.")
+# ... and what it may lack when the model gets a new output head.
+MAY_BE_ABSENT = ("bert.pooler.", "classifier.", "qa_outputs.")
+
+
+def load_model(
+    folder, output_head, outputs=0, words=(), seed=0, dropout=None, new_head=True, form="pooled"
+):
+    """Return a model in float32 with the weights in `folder`, and an output head of this `form`.
+
+    A new output head is drawn from N(0, 0.02) with `seed`. With `new_head=False` (a finished run)
+    nothing may be absent. Raises UserError that names the tensors which are missing, left over or
+    of another shape.
+    """
+    Model, config = read_config(folder)
+    if not all(0 <= word < config.vocab_size for word in words):
+        raise UserError(f"{folder}: has no words {words}; its vocabulary has {config.vocab_size}")
+    if dropout is not None:
+        config.hidden_dropout_prob = dropout
+        config.attention_probs_dropout_prob = dropout
+    tensors = read_checkpoint(folder)
+    mlm = output_head == "words" and holds(tensors, "cls.predictions.")
+    # BertForMaskedLM has no pooler, and heads of every token read none
+    pooler = not mlm and form == "pooled" and holds(tensors, "bert.pooler.")
+    with torch.device("meta"):  # only shapes: the values come from the file
+        model = Model(config, output_head, outputs, words, pooler, mlm, form)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    check_tensors(folder, tensors, shapes, MAY_BE_ABSENT if new_head else ())
+
+    generator = torch.Generator().manual_seed(seed)
+    for name, shape in shapes.items():
+        if name not in tensors:
+            tensors[name] = torch.zeros(shape)
+            if not name.endswith("bias"):
+                tensors[name].normal_(0.0, 0.02, generator=generator)
+    model.load_state_dict({name: tensors[name] for name in shapes}, assign=True)
+    model.requires_grad_(True)
+    if output_head == "words" and pooler:
+        model.bert.pooler.requires_grad_(False)  # it is kept, but nothing reads it
+    return model
+
+
+def holds(tensors, prefix):
+    """Does one of the names in `tensors` begin with `prefix`?"""
+    return any(name.startswith(prefix) for name in tensors)
+
+
+def check_tensors(folder, tensors, shapes, may_be_absent):
+    """Raise UserError unless `tensors` fit the model's `shapes` {name: shape}."""
+    absent = [n for n in shapes if n not in tensors and not n.startswith(may_be_absent)]
+    extra = [n for n in tensors if n not in shapes and not n.startswith(MAY_BE_EXTRA)]
+    problems = []
+    if absent:
+        problems.append(f"missing {', '.join(absent[:8])}")
+    if extra:
+        problems.append(f"unknown {', '.join(extra[:8])}")
+    for name, shape in shapes.items():
+        if name in tensors and tensors[name].shape != shape:
+            problems.append(f"{name} is {tuple(tensors[name].shape)}, expected {tuple(shape)}")
+    if problems:
+        raise UserError(f"{folder}: tensors do not fit config.json: {'; '.join(problems[:8])}")
+
+
+# ---------- writing a checkpoint ------------------------------------------------------------------
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES += ("vocab.txt", "vocab.json", "merges.txt")
+
+
+@torch.no_grad()
+def baked_state(model):
+    """Return the state dict with the masks applied, without scores: what any BERT can load."""
+    state = model.state_dict()
+    training = model.training
+    model.eval()
+    for name, module in masked_linears(model).items():
+        state[f"{name}.weight"] = module.masked_weight() + 0.0  # -0.0 becomes 0.0
+        state.pop(f"{name}.scores", None)
+    model.train(training)
+    return state
+
+
+def config_values(model):
+    """Return what config.json says of the network."""
+    (model_type,) = [name for name, Model in ARCHITECTURES.items() if type(model) is Model]
+    return {**vars(model.config), "model_type": model_type}
+
+
+def from_config_values(values):
+    """Return (class of the model, its Config): the reverse of `config_values`."""
+    values = dict(values)
+    Model = ARCHITECTURES[values.pop("model_type", "bert")]
+    return Model, Model.Config(**values)
+
+
+def save_model(folder, model, state, source, labels, hub_class=None):
+    """Write a folder that transformers loads. Each file is replaced atomically.
+
+    `state`: {name: tensor} under our names. `source`: the folder the model came from, whose
+    tokenizer files go along. `labels`: the names of the classes, in order. `hub_class`: the class
+    of transformers, if it is not the one that fits the output head.
+    """
+    folder = Path(folder)
+    config = {
+        "architectures": [hub_class or model.hub_class],
+        "hidden_act": "gelu",
+        **config_values(model),
+        "position_embedding_type": "absolute",
+    }
+    if not labels and model.output_head == "classifier":
+        labels = ("score",)
+        config["problem_type"] = "regression"
+    if labels:
+        config["id2label"] = dict(enumerate(labels))
+        config["label2id"] = {label: i for i, label in enumerate(labels)}
+    save_tensors(folder / "model.safetensors", model.to_hub(state), format="pt")
+    write_json(folder / "config.json", config)
+    if Path(source).resolve() != folder.resolve():
+        for name in TOKENIZER_FILES:
+            path = Path(source) / name
+            if path.exists():
+                atomic_write(folder / name, path.read_bytes())

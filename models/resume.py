@@ -1,0 +1,79 @@
+"""Exact resume: what a run that trains must remember, and its checkpoint.safetensors."""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+
+from models.checkpoint import parse_safetensors, save_tensors
+from support.terminal import UserError
+
+
+@dataclass
+class Progress:
+    """What a run remembers besides tensors; a checkpoint holds it as JSON."""
+
+    step: int = 0  # optimizer steps done
+    metrics: dict = None  # of the last evaluation
+    best: dict = None  # metrics and step of the best evaluation at the final density
+    teacher: float = None  # the metric of the present teacher, which a new one must exceed
+    teacher_file: str = None  # the file of its table; None: not written yet
+    seconds: float = 0.0  # in all
+    eval_seconds: float = 0.0  # of these, in evaluations and with a teacher
+    loss_sum: float = 0.0  # since the last log line
+    loss_steps: int = 0  # in this sum
+    scaler: dict = None  # the state of fp16's GradScaler
+
+
+def remembered(run):
+    """Return {name: tensor} of what checkpoint.safetensors holds besides `Progress`.
+
+    NAME               what is trained, under the model's names
+    method.NAME        what the method remembers, see `Dense.state`
+    optimizer.I.KEY    what AdamW remembers of parameter I
+    """
+    tensors = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+    tensors |= {f"method.{name}": tensor for name, tensor in run.method.state().items()}
+    for i, state in run.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{key}": tensor for key, tensor in state.items()}
+    return tensors
+
+
+def save_progress(run, step, loss_sum):
+    """Write checkpoint.safetensors after `step`; `loss_sum` is that of all ranks. Rank 0 writes."""
+    run.progress.step = step
+    run.progress.seconds = time.perf_counter() - run.started
+    run.progress.loss_sum = loss_sum
+    run.progress.scaler = run.scaler.state_dict()
+    if run.rank > 0:
+        return
+    run.teacher.save(run)
+    progress = json.dumps(asdict(run.progress))
+    save_tensors(run.out / "checkpoint.safetensors", remembered(run), progress=progress)
+    for path in run.out.glob("teacher-*.safetensors"):
+        if path.name != run.progress.teacher_file:
+            path.unlink()  # of the checkpoint before
+
+
+def load_progress(run, data, path):
+    """Put back a checkpoint, the bytes of `path`. UserError where it is damaged or of another run.
+
+    The number of processes may be another than before. The batches stay, dropout does not.
+    """
+    tensors, header = parse_safetensors(data, path)
+    optimizer = run.optimizer.state_dict()
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, i, key = name.split(".")
+            optimizer["state"].setdefault(int(i), {})[key] = tensor
+    run.optimizer.load_state_dict(optimizer)
+    ours = remembered(run)
+    if ours.keys() != tensors.keys() or "progress" not in header:
+        raise UserError(f"{path}: of another model or method; start anew in another --out")
+    with torch.no_grad():
+        for name, tensor in ours.items():
+            tensor.copy_(tensors[name])
+    run.progress = Progress(**json.loads(header["progress"]))
+    run.scaler.load_state_dict(run.progress.scaler)
+    run.teacher.load(run)

@@ -1,0 +1,46 @@
+"""What eval.py itself does: metrics over several dev sets, and the warning of a missed density."""
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+from data import Dataset, Task, kind_of
+from kinds.classify import Classify
+
+
+def test_each_dev_set_has_its_own_metric(monkeypatch):
+    """Of a task like MNLI, accuracy is that of dev, and accuracy_mm that of its mismatched half."""
+    files = {"train": "t", "dev": "d", "dev_mm": "m"}
+    task = Task("m", "m", ("no", "yes"), metrics=("accuracy", "accuracy_mm"), files=files)
+    assert task.eval_splits == {"dev": "", "dev_mm": "_mm"}
+    ids = np.zeros(4, np.int32)
+    ones = np.ones(4, np.int64)
+    dev_sets = {}
+    for suffix, labels in (("", [0, 0, 0, 1]), ("_mm", [1, 1, 0, 0])):
+        dev_sets[suffix] = Dataset(kind_of(task), ids, ones, ones, np.array(labels))
+    monkeypatch.setattr(Classify, "predict", lambda *args: np.zeros(4, np.int64))
+    metrics = evaluation.evaluate(None, task, dev_sets, torch.device("cpu"), "fp32")
+    assert metrics == {"accuracy": 0.75, "accuracy_mm": 0.5}
+
+
+@pytest.mark.parametrize("achieved, warns", [(0.109, False), (0.091, False), (0.112, True)])
+def test_a_missed_density_is_told(achieved, warns, capsys):
+    """A run that misses the density by more than a tenth says so."""
+    evaluation.warn_of_density(0.1, achieved)
+    said = "was achieved where 0.1 was asked for" in capsys.readouterr().out
+    assert said == warns
+    evaluation.warn_of_density(None, achieved)
+    assert capsys.readouterr().out == ""
+
+
+def test_totals_of_a_table():
+    """A table of counts gets sums, not means, at its end."""
+    table = evaluation.with_totals(np.array([[1, 2], [3, 4]]))
+    assert table.tolist() == [[1, 2, 3], [3, 4, 7], [4, 6, 10]]
+
+
+def test_entropy():
+    assert evaluation.entropy(0.5) == 1
+    assert evaluation.entropy(0) == evaluation.entropy(1) == 0
+    assert evaluation.entropy(0.1) == pytest.approx(0.469, abs=1e-3)
