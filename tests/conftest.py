@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+from forks import SERVER
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 ROOT = Path(__file__).parent.parent
@@ -127,14 +128,28 @@ def kinds(tmp_path_factory):
     return {kind: str(folder / f"{kind}.json") for kind in ("span", "tag")}
 
 
-# What waits for other processes runs beside the other tests, on one core and in this order.
-LONG = ("default_command", "errors_on_cuda", "runs_of_variants", "both", "grids", "live_output")
+# Each of these files has a function `begin`, which starts work that runs beside the other tests, on
+# one core. The work begins in this order, the longest first. The tests that wait for it, by the
+# fixture `begun`, come last, in the same order.
+BESIDE = ("test_demo", "test_cuda", "test_processes", "test_grid", "test_variants", "test_live")
 
 
-def pytest_collection_modifyitems(items):
-    """Put the tests last that wait for what runs beside the others."""
-    for fixture in LONG:
-        items.sort(key=lambda item, fixture=fixture: fixture in item.fixturenames)
+def pytest_collection_modifyitems(config, items):
+    """Skip the slow tests if -m does not name them; put those last that wait for work beside."""
+    if "slow" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="takes a minute; -m slow runs it"))
+    items.sort(key=lambda item: 1 + BESIDE.index(name_of(item)) if waits(item) else 0)
+
+
+def waits(item):
+    """Does a test wait for what runs beside the others?"""
+    return "begun" in item.fixturenames
+
+
+def name_of(item):
+    return item.module.__name__
 
 
 class Background:
@@ -168,15 +183,27 @@ class Background:
 
 @pytest.fixture(scope="session", autouse=True)
 def in_background(request):
-    """{fixture of LONG: what its function `begin` returned}, of those that a test needs.
+    """{file of BESIDE: what its function `begin` returned}, of those that a test needs.
 
     They start before the first test.
     """
     background = Background()
-    begun = {}
-    for fixture in LONG:
-        needed = [item for item in request.session.items if fixture in item.fixturenames]
-        if needed:
-            begun[fixture] = needed[0].module.begin(background, request.getfixturevalue)
-    yield begun
+    returned = {}
+    needed = [item for item in request.session.items if waits(item) and not is_skipped(item)]
+    for name in BESIDE:
+        modules = [item.module for item in needed if name_of(item) == name]
+        if modules:
+            returned[name] = modules[0].begin(background, request.getfixturevalue)
+    yield returned
     background.stop()
+    SERVER.close()
+
+
+def is_skipped(item):
+    return item.get_closest_marker("skip") is not None
+
+
+@pytest.fixture(scope="module")
+def begun(in_background, request):
+    """What the function `begin` of the test's file returned."""
+    return in_background[request.module.__name__]

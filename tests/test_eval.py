@@ -1,10 +1,13 @@
 """What eval.py itself does: metrics over several dev sets, and the warning of a missed density."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 import eval as evaluation
+import train
 from data import Dataset, Task, kind_of
 from kinds.classify import Classify
 
@@ -44,3 +47,42 @@ def test_entropy():
     assert evaluation.entropy(0.5) == 1
     assert evaluation.entropy(0) == evaluation.entropy(1) == 0
     assert evaluation.entropy(0.1) == pytest.approx(0.469, abs=1e-3)
+
+
+def test_best_reports_the_best_checkpoint(monkeypatch):
+    """`eval.py RUN` reports the folder model/, and with --best the folder best/."""
+    asked = []
+    monkeypatch.setattr(evaluation, "report", lambda run, which, *rest: asked.append(which))
+    assert evaluation.main(["RUN", "--device", "cpu"]) == 0
+    assert evaluation.main(["RUN", "--best", "--device", "cpu"]) == 0
+    assert asked == ["model", "best"]
+
+
+def test_of_equal_evaluations_the_first_is_the_best(monkeypatch):
+    """A later checkpoint becomes the best only if it is better."""
+    monkeypatch.setattr(train, "write_model", lambda run, name: None)
+    monkeypatch.setattr(train, "write_scores", lambda run, folder: None)
+    values = iter([0.5, 0.5, 0.6])
+    run = SimpleNamespace(
+        loss_sum=torch.tensor(1.0),
+        norm=0.0,
+        world=1,
+        dtype="fp32",
+        scaler=SimpleNamespace(get_scale=lambda: 1.0),
+        method=SimpleNamespace(wrong=False, achieved=lambda: 1.0, settled=lambda step: True),
+        progress=train.Progress(),
+        task=SimpleNamespace(metrics=("accuracy",)),
+        measure=lambda model, dev_sets: {"accuracy": next(values)},
+        model=None,
+        dev_sets=None,
+        log=SimpleNamespace(row=lambda **row: None),
+        at=lambda step: "",
+        out=train.Path("unused"),
+        total_steps=9,
+        teacher=SimpleNamespace(consider=lambda *args: None),
+    )
+    best = []
+    for step in (1, 2, 3):
+        train.evaluate_step(run, step)
+        best.append(run.progress.best["step"])
+    assert best == [1, 1, 3]

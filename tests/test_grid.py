@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
+from unittest.mock import patch
 
+import forks
 import pytest
 
-from conftest import ROOT
 from support.terminal import parse_settings
 from tools import grid
 from tools.record import read_record, write_record
@@ -67,10 +69,11 @@ def make_grids(folder):
 
     Return the statuses of these three commands, and the files of the run that was stopped.
     """
-    three = start(folder / "three", folder / "out").wait()
+    three = start([folder / "three", "--out", folder / "out", "--jobs", "2"], folder).wait()
     stopped = folder / "stopped"
     log = stopped / "a" / "metrics.jsonl"
-    process = start(folder / "one", stopped)
+    one_grid = [folder / "one", "--out", stopped]
+    process = start(one_grid, folder)
     while not (log.exists() and '"step": 9' in log.read_text()):
         assert process.poll() is None
         time.sleep(0.01)
@@ -78,22 +81,81 @@ def make_grids(folder):
     one = process.wait()
     files = {path.name for path in (stopped / "a").iterdir()}
     assert read_record(stopped / "grid.jsonl") == {}
-    again = start(folder / "one", stopped).wait()
+    again = start(one_grid, folder).wait()
     return (three, one, again), files
 
 
-def start(file, out):
-    """Start a grid in a process of its own."""
-    command = [sys.executable, "-m", "tools.grid", str(file), "--out", str(out), "--jobs", "2"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command, cwd=ROOT, **quiet)
+def start(argv, folder):
+    """Start a grid in a process of its own, which forks its runs; its output goes to the folder."""
+    return forks.start(["test_grid:main_with_forks", *argv], folder)[0]
+
+
+def main_with_forks(argv):
+    """Do what tools.grid does, in a process that has computed nothing, with forks as its runs."""
+    names = {name: getattr(subprocess, name) for name in ("DEVNULL", "STDOUT")}
+    with patch.object(grid, "subprocess", SimpleNamespace(Popen=ForkOfGrid, **names)):
+        return grid.main(argv)
+
+
+class ForkOfGrid:
+    """What subprocess.Popen is for tools.grid."""
+
+    def __init__(self, command, stdin, stdout, stderr, env, start_new_session):
+        python, dash_m, *argv = command
+        assert [python, dash_m] == [sys.executable, "-m"]
+        self.returncode = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            forks.become(argv, [stdout.fileno(), stdout.fileno()], env, os.getcwd())
+
+    def wait(self, options=0):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, options)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def poll(self):
+        return self.wait(os.WNOHANG)
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
 
 
 @pytest.fixture(scope="module")
-def grids(in_background):
+def grids(begun):
     """The folder of two grids, the statuses of three commands, and files; see `make_grids`."""
-    folder, made = in_background["grids"]
+    folder, made = begun
     return folder, *made.result()
+
+
+PROBE = """
+import json, os, sys
+about = [sys.argv[1:], os.getsid(0) == os.getpid(), os.environ["OMP_NUM_THREADS"]]
+print(json.dumps(about), "torch" in sys.modules, flush=True)
+print("stderr", file=sys.stderr)
+"""
+
+
+def test_a_run_is_a_process_of_its_own(tmp_path, monkeypatch):
+    """A run is `python -m PROGRAM`, in a session of its own and on one core.
+
+    Its output and its errors are added to its log. --resume stands for the flags where it has begun.
+    """
+    (tmp_path / "probe.py").write_text(PROBE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    run = grid.Planned("a", 1.0, ["--seed", "3"], tmp_path / "a")
+    assert grid.start(run, "probe").wait() == 0
+    run.out.mkdir()
+    (run.out / "config.json").write_text("{}")
+    assert grid.start(run, "probe").wait() == 0
+    expected = []
+    for flags in (["--seed", "3"], ["--resume"]):
+        about = [["--out", str(run.out), *flags], True, "1"]
+        expected += [f"{json.dumps(about)} False", "stderr"]
+    assert run.log.read_text().splitlines() == expected
 
 
 @pytest.fixture(scope="module")

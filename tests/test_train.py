@@ -462,7 +462,7 @@ def test_self_teacher_is_its_best_checkpoint(tiny, finished, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(classify.Classify, "teach", noted)
         run(tiny, out, **options)
-        assert len(tables) >= 4
+        assert 4 <= len(tables) < 11  # in several of the 11 steps before the last, not in all
         best = -1.0
         better = []  # the steps after which the student is better than ever, but for the last step
         for row in rows(out):
@@ -474,9 +474,9 @@ def test_self_teacher_is_its_best_checkpoint(tiny, finished, tmp_path, monkeypat
         for i, table in enumerate(tables):
             folder = tmp_path / f"teacher-{i}"
             assert torch.equal(table, taught_by(folder, finished))
-            with monkeypatch.context() as inner:
-                inner.setitem(classify.MAX_TOKENS, "cpu", 150)
-                assert (table - taught_by(folder, finished)).abs().max() < 1e-5
+        with monkeypatch.context() as inner:
+            inner.setitem(classify.MAX_TOKENS, "cpu", 150)
+            assert (table - taught_by(folder, finished)).abs().max() < 1e-5
         assert torch.equal(taught_table(out), tables[-1])
 
         computed = len(tables)

@@ -1,34 +1,33 @@
-"""The variants in tools/variants.py, run as a user runs them: in a process of their own."""
+"""The variants in tools/variants.py, run as a user runs them: by a grid."""
 
 import json
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_grid import start
 
 import eval as evaluation
-from conftest import GOLDEN, ROOT
+from conftest import GOLDEN
 from prune import METHODS
 from support.terminal import show
 from tools import deploy
 
 
 def begin(background, fixture):
-    """Start a grid with a run of each variant: (its folder, the future of what it prints)."""
+    """Start a grid with a run of each variant: (its folder, the future of its status)."""
     folder = fixture("tmp_path_factory").mktemp("variants")
     methods = "--method {smp-global,smp-head,smp-words,pins-frozen} --density 0.2"
     (folder / "grid").write_text(f"a 1 {' '.join(fixture('tiny'))} {methods}\n")
-    command = [sys.executable, "-m", "tools.grid", str(folder / "grid"), "--out", str(folder)]
-    command += ["--program", "tools.variants", "--jobs", "1"]
-    return folder, background.start(command, cwd=ROOT)
+    argv = [folder / "grid", "--out", folder, "--program", "tools.variants", "--jobs", "1"]
+    return folder, background.call(lambda: start(argv, folder).wait())
 
 
 @pytest.fixture(scope="module")
-def runs_of_variants(in_background):
+def runs_of_variants(begun):
     """The folder of a run of each variant."""
-    folder, printed = in_background["runs_of_variants"]
-    printed.result()
+    folder, status = begun
+    assert status.result() == 0, [log.read_text() for log in folder.glob("*.log")]
     return folder
 
 
