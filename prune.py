@@ -177,10 +177,7 @@ class Dense:
         """Make constant what the method does not train."""
 
     def groups(self):
-        """Return the parameter groups for the optimizer.
-
-        By the released code of each, biases, LayerNorms and scores have no weight decay.
-        """
+        """Return the optimizer's groups. Vectors and scores have no weight decay (all codes)."""
         s = self.settings
         named = list(self.model.named_parameters())
         scores = [p for name, p in named if name.endswith(".scores")]
@@ -456,6 +453,7 @@ class Fixed(Dense):
     """No criterion: fine-tune what a run has kept. A weight that is 0 at the start stays 0."""
 
     recipe = "fixed"
+    uses = ("regression",)  # where the run to start from reads label words
     output_head = None  # that of the run to start from
 
     def __init__(self, model, settings, total_steps):

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 PRELOADED = ("pytest", "train", "eval", "tools.report", "tools.grid", "tools.deploy")
+PRELOADED += ("torch._dynamo",)  # every optimizer imports it, in two seconds
 FAILED_FLUSH = 120  # the status of Python where its last output cannot be written
 
 # -------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import train
 from data import batches, kind_of, load_dataset
 from models.runs import load_run
 from prune import Pins
@@ -24,11 +25,11 @@ def test_the_task_needs_more_than_words():
 
     Near means within 10 points. No sentence pair of dev is in train.
     """
-    train = make_demo.read_rows("train.tsv")
+    training = make_demo.read_rows("train.tsv")
     dev = make_demo.read_rows("dev.tsv")
-    assert not {row[:-1] for row in train} & {row[:-1] for row in dev}
+    assert not {row[:-1] for row in training} & {row[:-1] for row in dev}
     for per_sentence in (False, True):
-        assert make_demo.bag_of_words(train, dev, per_sentence) < 0.75
+        assert make_demo.bag_of_words(training, dev, per_sentence) < 0.75
     assert abs(make_demo.zero_shot(dev) - 0.5) < 0.1
 
 
@@ -50,6 +51,39 @@ def test_task_and_tokenizer_are_the_scripts(tmp_path, monkeypatch):
         assert (tmp_path / name).read_text() == (ROOT / "demo" / name).read_text()
 
 
+def test_a_short_demo(tmp_path, monkeypatch, capsys):
+    """`python train.py` makes a dense run and one of SMP-S, and prints a row of each.
+
+    The last line is the next command to try. The demo can be started again: its second dense run
+    is its first one. Here each run has three steps in place of its epochs.
+    """
+    monkeypatch.chdir(tmp_path)
+    settings_from = train.settings_from
+
+    def shorter(given):
+        return settings_from(given | {"max_steps": 3})
+
+    monkeypatch.setattr(train, "settings_from", shorter)
+    results = []
+    for _ in range(2):
+        assert train.main([]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[-1].startswith("next, a real one: python train.py --model ")
+        header, *rows = [line.split() for line in lines[-5:-2]]
+        assert header == "method density achieved dev accuracy seconds".split()
+        found = []
+        for method, row in zip(("dense", "smp-s"), rows, strict=True):
+            result = json.loads(Path("runs/demo", method, "result.json").read_text())
+            assert result["steps"] == 3
+            accuracy = f"{100 * result['metrics']['accuracy']:.2f}"
+            density = [f"{result['density']:.2f}", f"{result['achieved_density']:.4f}"]
+            assert row[:4] == [method, *density, accuracy]
+            found.append(result["metrics"])
+        assert float(rows[0][1]) == 1 and float(rows[1][1]) == 0.1
+        results.append(found)
+    assert results[0] == results[1]
+
+
 def begin(background, fixture):
     """Start `python train.py` without any flag: (its folder, the future of what it prints)."""
     folder = fixture("tmp_path_factory").mktemp("demo")
@@ -57,12 +91,13 @@ def begin(background, fixture):
 
 
 @pytest.fixture(scope="module")
-def default_command(in_background):
+def default_command(begun):
     """The folder in which `python train.py` ran without any flag, and what it printed."""
-    folder, printed = in_background["default_command"]
+    folder, printed = begun
     return folder, printed.result()
 
 
+@pytest.mark.slow
 def test_the_mask_alone_comes_within_two_points(default_command):
     """SMP-S at 10% density is less than 2 points of accuracy below dense fine-tuning.
 
@@ -74,17 +109,17 @@ def test_the_mask_alone_comes_within_two_points(default_command):
     assert dense["metrics"]["accuracy"] > 0.95
     assert smp["metrics"]["accuracy"] > dense["metrics"]["accuracy"] - 0.02
     assert 0.0999 < smp["achieved_density"] <= 0.1
-    assert "next, a real one: python train.py --model" in out
     assert f"{100 * smp['metrics']['accuracy']:.2f}" in out
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_signed_importance_leaves_the_range_of_its_model(default_command, capsys):
     """The signed importance I predicts an impossible loss for the weights that it drops first.
 
     In the dense run, dropping the 0.1% of lowest I is predicted to bring the loss below zero. In
     truth the loss rises, and by more than if the 50% of lowest |I| are dropped. The test prints a
-    table of these figures: `python -m pytest -k signed_importance`.
+    table of these figures: `python -m pytest -m slow -k signed_importance`.
     """
     run = default_command[0] / "runs/demo/dense"
     model, task, tokenizer, s = load_run(run)

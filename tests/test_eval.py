@@ -58,31 +58,45 @@ def test_best_reports_the_best_checkpoint(monkeypatch):
     assert asked == ["model", "best"]
 
 
-def test_of_equal_evaluations_the_first_is_the_best(monkeypatch):
-    """A later checkpoint becomes the best only if it is better."""
+def steps_of_the_best(monkeypatch, values, settled, total_steps=9):
+    """The step of the best evaluation so far, after evaluations at the steps 1, 2, ..."""
     monkeypatch.setattr(train, "write_model", lambda run, name: None)
     monkeypatch.setattr(train, "write_scores", lambda run, folder: None)
-    values = iter([0.5, 0.5, 0.6])
+    values = dict(enumerate(values, 1))
     run = SimpleNamespace(
         loss_sum=torch.tensor(1.0),
         norm=0.0,
         world=1,
         dtype="fp32",
         scaler=SimpleNamespace(get_scale=lambda: 1.0),
-        method=SimpleNamespace(wrong=False, achieved=lambda: 1.0, settled=lambda step: True),
+        method=SimpleNamespace(wrong=False, achieved=lambda: 1.0, settled=settled),
         progress=train.Progress(),
         task=SimpleNamespace(metrics=("accuracy",)),
-        measure=lambda model, dev_sets: {"accuracy": next(values)},
         model=None,
         dev_sets=None,
         log=SimpleNamespace(row=lambda **row: None),
         at=lambda step: "",
         out=train.Path("unused"),
-        total_steps=9,
+        total_steps=total_steps,
         teacher=SimpleNamespace(consider=lambda *args: None),
     )
     best = []
-    for step in (1, 2, 3):
+    for step, value in values.items():
+        run.measure = lambda model, dev_sets, value=value: {"accuracy": value}
         train.evaluate_step(run, step)
-        best.append(run.progress.best["step"])
-    assert best == [1, 1, 3]
+        best.append(run.progress.best and run.progress.best["step"])
+    return best
+
+
+def test_of_equal_evaluations_the_first_is_the_best(monkeypatch):
+    """A later checkpoint becomes the best only if it is better."""
+    steps = steps_of_the_best(monkeypatch, [0.5, 0.5, 0.6], settled=lambda step: True)
+    assert steps == [1, 1, 3]
+
+
+def test_the_best_has_the_final_density(monkeypatch):
+    """Before the density has settled nothing is the best; the last step is, if there is no other."""
+    steps = steps_of_the_best(monkeypatch, [0.9, 0.5, 0.6], settled=lambda step: step > 1)
+    assert steps == [None, 2, 3]
+    steps = steps_of_the_best(monkeypatch, [0.9, 0.5], lambda step: False, total_steps=2)
+    assert steps == [None, 2]

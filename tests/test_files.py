@@ -12,6 +12,7 @@ import time
 import zlib
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
@@ -69,11 +70,13 @@ def test_of_two_runs_in_one_folder_one_is_refused(tiny, tmp_path):
     The log has each step once.
     """
     flags = [*tiny, "--max-steps", "40", "--out", str(tmp_path / "run")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
-    both = [subprocess.Popen(command("train.py", *flags), **pipes) for _ in range(2)]
-    said = [process.communicate() for process in both]
-    assert sorted(process.returncode for process in both) == [0, 2], said
-    _, err = said[[process.returncode for process in both].index(2)]
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    both = [forks.start(["train", *flags], folder) for folder in folders]
+    ends = sorted(forks.results(both))
+    assert [status for status, _, _ in ends] == [0, 2], ends
+    _, _, err = ends[1]
     assert "another process trains there" in err or "not empty" in err
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 41))
@@ -285,15 +288,12 @@ def test_predictions_into_a_pipe_and_through_a_link(tiny, made, tmp_path, capsys
 
 def test_predictions_to_standard_output(tiny, made, tmp_path):
     """/dev/stdout gets the predictions and nothing else; what others write there stays whole."""
-    argv = [made / "smp-s", "--split", "dev", "--data-dir", tiny[5]]
-    argv = command("eval.py", *argv, "--predictions", "/dev/stdout")
+    argv = ["eval", made / "smp-s", "--split", "dev", "--data-dir", tiny[5]]
     log = tmp_path / "log"
-    here = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with open(log, "w") as file:
-        for argv_or_echo in (["echo", "before"], argv, ["echo", "after"]):
-            options = {"stdout": file, "stderr": subprocess.PIPE, "cwd": ROOT, "env": here}
-            done = subprocess.run(argv_or_echo, **options)
-            assert done.returncode == 0, done.stderr
+        subprocess.run(["echo", "before"], stdout=file, check=True)
+        assert forks.Fork([*argv, "--predictions", "/dev/stdout"], stdout=file).wait() == 0
+        subprocess.run(["echo", "after"], stdout=file, check=True)
     first, header, *rows, last = log.read_text().splitlines()
     assert (first, header, last) == ("before", "index\tprediction", "after")
     assert len(rows) == 60
@@ -384,12 +384,12 @@ def test_a_closed_pipe_does_not_kill_a_run(tiny, tmp_path):
     run.stdout.close()
     assert run.wait() == 0
     assert (out / "result.json").exists()
-    argv = command("tools.report", out)
-    run = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
-    run.stdout.close()
-    err = run.stderr.read().decode()
-    assert run.wait() == 141
-    assert last_line(err) == "stopped: nothing reads the output any more"
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "wb") as pipe, open(tmp_path / "err", "w") as err:
+        assert forks.Fork(["tools.report", out], stdout=pipe, stderr=err).wait() == 141
+    expected = "stopped: nothing reads the output any more"
+    assert last_line((tmp_path / "err").read_text()) == expected
 
 
 # -------------------------------------------------------------------------------------------------

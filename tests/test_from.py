@@ -139,3 +139,10 @@ def test_bad_beginnings(tiny, halves, tmp_path, capsys):
     refused(capsys, [*begin, halves / "movement", *other, "--resume"], "--from and --resume")
     refused(capsys, [*tiny, "--method", "fixed", "--out", tmp_path / "x"], "give --from RUN")
     assert not (tmp_path / "out").exists()
+
+
+def test_fixed_keeps_the_way_of_a_regression(capsys):
+    """A run that read the logit of one word can be fine-tuned as it was."""
+    argv = ["--model", "x", "--task", "stsb", "--method", "fixed", "--from", "r", "--dry-run"]
+    assert train.main([*argv, "--regression", "logit"]) == 0
+    assert "--regression logit" in " ".join(capsys.readouterr().out.split())

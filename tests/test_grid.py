@@ -141,7 +141,7 @@ print("stderr", file=sys.stderr)
 def test_a_run_is_a_process_of_its_own(tmp_path, monkeypatch):
     """A run is `python -m PROGRAM`, in a session of its own and on one core.
 
-    Its output and its errors are added to its log. --resume stands for the flags where it has begun.
+    Its output and its errors are added to its log. Where it has begun, it gets --resume alone.
     """
     (tmp_path / "probe.py").write_text(PROBE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

@@ -77,7 +77,8 @@ def test_no_import_of_ours_is_hidden_in_a_function():
 
 def test_the_ground_floor_needs_no_torch():
     """The terminal, files and downloads are imported without torch."""
-    code = "import sys, support.terminal, support.files, support.fetch; print('torch' in sys.modules)"
+    files = "support.terminal, support.files, support.fetch"
+    code = f"import sys, {files}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
 

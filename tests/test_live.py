@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import subprocess
 import sys
 import threading
 import time
@@ -13,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import forks
 import numpy as np
 import pytest
 from test_errors import refused
@@ -25,16 +25,13 @@ from models import resume
 from support import fetch, terminal
 from tools import deploy, pictures, report
 
-ROOT = Path(train.__file__).parent
-
-
 def on_a_terminal(argv):
     """Run a command with a terminal of 80 columns as its output; return all that it wrote."""
     import pty
 
     ours, theirs = pty.openpty()
     here = os.environ | {"COLUMNS": "80", "LINES": "24", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(argv, stdout=theirs, stderr=theirs, cwd=ROOT, env=here)
+    process = forks.Fork(argv, stdout=theirs, stderr=theirs, env=here)
     os.close(theirs)
     written = b""
     while True:
@@ -52,26 +49,26 @@ def on_a_terminal(argv):
 
 def begin(background, fixture):
     """Start a run on a terminal; return the future of what it shows."""
-    argv = [sys.executable, "train.py", *fixture("tiny"), "--max-steps", "250", "--log-every", "20"]
+    argv = ["train", *fixture("tiny"), "--max-steps", "250", "--log-every", "20"]
     folder = fixture("tmp_path_factory").mktemp("live")
     argv += ["--eval-every", "249", "--out", str(folder / "run")]
     return background.call(on_a_terminal, argv)
 
 
 @pytest.fixture
-def live_output(in_background):
+def live_output(begun):
     """What a run of 250 steps shows on a terminal."""
-    return in_background["live_output"].result()
+    return begun.result()
 
 
 def test_one_live_line_on_a_terminal(live_output):
-    """A terminal of 80 columns shows what is loaded, and one line that is renewed in place.
+    """A terminal of 80 columns shows whole lines, and one line that is renewed in place.
 
     The line has the steps done, the time gone and the time left, as mm:ss. It goes when the work
     is done, and the lines that stay are whole.
     """
     text = live_output
-    assert text.startswith("loading torch\r\n")
+    assert text.startswith("settings: ")
     shown = [part for part in re.split(r"[\r\n]+", text) if part.startswith("train:")]
     assert len(shown) > 1
     assert max(map(len, shown)) < 80

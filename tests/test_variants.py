@@ -1,11 +1,13 @@
 """The variants in tools/variants.py, run as a user runs them: by a grid."""
 
 import json
+import sys
 
+import forks
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_grid import start
+from test_grid import main_with_forks
 
 import eval as evaluation
 from conftest import GOLDEN
@@ -20,14 +22,21 @@ def begin(background, fixture):
     methods = "--method {smp-global,smp-head,smp-words,pins-frozen} --density 0.2"
     (folder / "grid").write_text(f"a 1 {' '.join(fixture('tiny'))} {methods}\n")
     argv = [folder / "grid", "--out", folder, "--program", "tools.variants", "--jobs", "1"]
-    return folder, background.call(lambda: start(argv, folder).wait())
+    argv = ["test_variants:grid_with_variants", *argv]
+    return folder, background.call(lambda: forks.start(argv, folder)[0].wait())
+
+
+def grid_with_variants(argv):
+    """Make a grid in a fork, in which train.py is imported after the variants, as by a user."""
+    del sys.modules["train"]
+    return main_with_forks(argv)
 
 
 @pytest.fixture(scope="module")
 def runs_of_variants(begun):
     """The folder of a run of each variant."""
     folder, status = begun
-    assert status.result() == 0, [log.read_text() for log in folder.glob("*.log")]
+    assert status.result() == 0, (folder / "stderr").read_text()
     return folder
 
 
