@@ -62,7 +62,7 @@ REGISTER_CUDA_HOOKS(CUDAHooks);
 
 
 def build_library(compiler, folder):
-    """Compile `LIBRARY` into the folder, and return the path. It takes two seconds."""
+    """Compile `LIBRARY` into the folder, and return the path. It takes some seconds."""
     torch_folder = Path(torch.__file__).parent
     lib = torch_folder / "lib"
     path = folder / "fake_cuda.so"
@@ -176,7 +176,7 @@ def fake_device():
             replace(kind, "predictions", no_predictions)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         device = stack.enter_context(FakeDevice())
-        replace(classify, "MAX_TOKENS", {"cuda": 400})  # so that a split has several batches
+        replace(classify, "MAX_TOKENS", {"cuda": 600})  # so that a split has several batches
         replace(classify.Classify, "logits", waiting_once(classify.Classify.logits, device))
         yield device
 

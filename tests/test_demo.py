@@ -118,7 +118,7 @@ def test_signed_importance_leaves_the_range_of_its_model(default_command, capsys
     """The signed importance I predicts an impossible loss for the weights that it drops first.
 
     In the dense run, dropping the 0.1% of lowest I is predicted to bring the loss below zero. In
-    truth the loss rises, and by more than if the 50% of lowest |I| are dropped. The test prints a
+    truth the loss rises, and by more than if the 10% of lowest |I| are dropped. The test prints a
     table of these figures: `python -m pytest -m slow -k signed_importance`.
     """
     run = default_command[0] / "runs/demo/dense"
@@ -170,4 +170,4 @@ def test_signed_importance_leaves_the_range_of_its_model(default_command, capsys
             )
             if name == "I":
                 assert predicted < -base  # the loss itself would be below zero
-    assert rose["I", 0.001] > max(base, rose["|I|", 0.5])
+    assert rose["I", 0.001] > max(base, rose["|I|", 0.1])

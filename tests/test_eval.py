@@ -95,7 +95,7 @@ def test_of_equal_evaluations_the_first_is_the_best(monkeypatch):
 
 
 def test_the_best_has_the_final_density(monkeypatch):
-    """Before the density has settled nothing is the best; the last step is, if there is no other."""
+    """Before the density has settled nothing is the best; without another the last step is."""
     steps = steps_of_the_best(monkeypatch, [0.9, 0.5, 0.6], settled=lambda step: step > 1)
     assert steps == [None, 2, 3]
     steps = steps_of_the_best(monkeypatch, [0.9, 0.5], lambda step: False, total_steps=2)

@@ -11,7 +11,9 @@ from unittest.mock import patch
 
 import forks
 import pytest
+import torch
 
+from support.machine import pick_dtype
 from support.terminal import parse_settings
 from tools import grid
 from tools.record import read_record, write_record
@@ -55,7 +57,7 @@ def test_wrong_lines(line, tmp_path, capsys):
 def begin(background, fixture):
     """Start two grids: (their folder, the future of what `make_grids` returns)."""
     folder = fixture("tmp_path_factory").mktemp("grids")
-    flags = " ".join(fixture("tiny"))
+    flags = " ".join(fixture("tiny")).replace("--dtype fp32", "--dtype auto")
     broken = flags.replace(fixture("tiny")[1], str(folder / "no-model"))
     lines = [f"good 1 {flags} --method {{dense,smp-s}}", f"bad 1 {broken} --method dense"]
     (folder / "three").write_text("\n".join(lines) + "\n")
@@ -182,7 +184,7 @@ def test_done_and_failed(made):
     assert state["core_hours"] == pytest.approx(seconds / 3600, abs=1e-3)
     for (recorded, settings), result in zip(runs.values(), results):
         assert recorded["metrics"] == result["metrics"]
-        assert settings["dtype"] in ("bf16", "fp32")  # not "auto", which says nothing
+        assert settings["dtype"] == pick_dtype(torch.device("cpu"))  # "auto" would say nothing
         assert settings["method"] == result["method"]
 
 

@@ -25,6 +25,7 @@ from models import resume
 from support import fetch, terminal
 from tools import deploy, pictures, report
 
+
 def on_a_terminal(argv):
     """Run a command with a terminal of 80 columns as its output; return all that it wrote."""
     import pty
@@ -277,7 +278,7 @@ def made(tiny, tmp_path_factory):
         text = text.replace("\tyes\n", "\t4\n").replace("\tno\n", "\t1\n")
         (folder / f"{split}.tsv").write_text(text)
     (folder / "task.json").write_text(json.dumps(task))
-    flags = [*tiny[:3], str(folder / "task.json"), *tiny[4:], "--method", "dense"]
+    flags = [*tiny[:3], str(folder / "task.json"), *tiny[4:], "--method", "dense", "--lr", "1e-2"]
     assert train.main([*flags, "--max-steps", "3", "--out", str(folder / "values")]) == 0
     return folder
 
@@ -310,18 +311,29 @@ def test_input_of_pairs(tiny, made, tmp_path, capsys):
         assert row[0] == ("yes" if yes > no else "no")
 
 
-def test_input_of_lines(made, monkeypatch, capsys):
-    """`--input -` reads a text from each line of standard input, or two with a tab between them."""
+def test_input_of_lines(tiny, made, monkeypatch, capsys):
+    """`--input -` reads a text from each line of standard input, or two with a tab between them.
+
+    Of the texts of a split it gives the values that the run predicts there, within their range.
+    """
 
     def typed(text):
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(text.encode())))
 
-    typed("w1 w2\nw3\n")
-    assert evaluation.main([str(made / "values"), "--input", "-"]) == 0
+    run = str(made / "values")
+    argv = [run, "--split", "dev", "--data-dir", tiny[5], "--predictions", "/dev/stdout"]
+    capsys.readouterr()
+    assert evaluation.main(argv) == 0
+    expected = [float(line.split("\t")[1]) for line in capsys.readouterr().out.splitlines()[1:]]
+    texts = [line.split("\t")[1] for line in (made / "dev.tsv").read_text().splitlines()[1:]]
+    typed("".join(f"{text}\n" for text in texts))
+    assert evaluation.main([run, "--input", "-"]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
     assert header == "prediction\tb"
-    assert [row.split("\t")[1] for row in rows] == ["w1 w2", "w3"]
-    assert all(0 <= float(row.split("\t")[0]) <= 5 for row in rows)
+    assert [row.split("\t")[1] for row in rows] == texts
+    found = [float(row.split("\t")[0]) for row in rows]
+    assert found == pytest.approx(np.clip(expected, 0, 5), abs=2e-4)
+    assert len(set(found)) > 10
     typed("w1\tw2\nw3\n")
     argv = [made / "pairs", "--input", "-"]
     refused(capsys, argv, "standard input:2:", '"b" is missing', main=evaluation.main)

@@ -662,6 +662,7 @@ for name in sys.stdin:
         print(json.dumps([str(find_model(name.strip())), None]), flush=True)
     except UserError as error:
         print(json.dumps([None, str(error)]), flush=True)
+    assert "torch" not in sys.modules
 """
 
 

@@ -52,9 +52,9 @@ LOST = 300  # seconds after which a process that does not end fails its test
 def watched_run(note, interrupt, s, command):
     """Return a `train.Run` that writes into `note` what it does.
 
-    "masks" and "parameters" are a hash of each after every step. "reductions" is how often the
-    gradients were averaged over the ranks. With `interrupt` = (rank, step), that rank gets SIGTERM
-    in that step.
+    "masks" and "parameters" are a hash of each after every step. "seeds" are those of dropout.
+    "reductions" is how often the gradients were averaged over the ranks. With `interrupt` = (rank,
+    step), that rank gets SIGTERM in that step.
     """
     run = Run(s, command)
     note["out"] = str(run.out)
@@ -67,6 +67,7 @@ def watched_run(note, interrupt, s, command):
         update(step)
         note["masks"].append(hash_of(run.model.buffers()))
         note["parameters"].append(hash_of(run.model.parameters()))
+        note["seeds"].append(torch.initial_seed())
         if interrupt == [run.rank, step]:
             signal.raise_signal(signal.SIGTERM)
 
@@ -116,7 +117,7 @@ def make(plan):
     notes = []
     for item in plan:
         interrupt = item.get("interrupt")
-        note = {"masks": [], "parameters": [], "reductions": 0}
+        note = {"masks": [], "parameters": [], "seeds": [], "reductions": 0}
         watched = partial(watched_run, note, interrupt)
         save = saved_slowly if interrupt else save_tensors
         with (
@@ -382,6 +383,13 @@ def test_gradients_travel_once_per_step(both, name):
     folder, notes = both
     steps = result_of(folder / "2" / name)["steps"]
     assert [note[name]["reductions"] for note in notes] == [steps, steps]
+
+
+def test_dropout_differs_between_ranks(both):
+    """No rank has the seed of another one, nor one seed for two steps."""
+    _, notes = both
+    seeds = [seed for note in notes for seed in note["dense"]["seeds"]]
+    assert len(set(seeds)) == len(seeds) == 2 * STEPS
 
 
 # -------------------------------------------------------------------------------------------------
