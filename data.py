@@ -1,16 +1,16 @@
 """GLUE, SQuAD, CoNLL-2003 or a task of your own, as token ids in flat numpy arrays.
 
 - `TASKS` has one row for each task. A row holds everything that this program knows about the task.
-- A task is of a kind: a file in kinds/, which reads its files and says what is decided.
+- A task is of a kind: a class in kinds/, which reads its files and says what is decided. Most
+  tasks of GLUE are of the kind in kinds/classify.py.
 - The official files are checked by the sha256 of the sources and by the number of rows.
 - A folder of official files is enough to work offline. A read-only one stays untouched.
-- A split is tokenised once. The name of its cache file depends on all that decides the token ids.
-- An epoch is a list of index arrays. It depends only on lengths, batch size, seed and epoch.
+- A split is tokenised once, into a cache file. An epoch is a list of index arrays.
 
     python data.py --task mrpc mnli    # download, check and count; training does it by itself too
 """
 
-from support.terminal import Parser, UserError, program, tell  # first: torch takes a second or two
+from support.terminal import Parser, UserError, program, tell  # first: it says "loading torch"
 
 import hashlib
 import os

@@ -14,7 +14,7 @@ More reports:
     python -m tools.report RUN --density 0.2 0.1 0.05        dev metrics at other densities
 """
 
-from support.terminal import Parser, UserError, program, show, tell  # first: torch takes a second
+from support.terminal import Parser, UserError, program, show, tell  # first: see there
 
 import math
 import os

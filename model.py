@@ -1,8 +1,8 @@
 """BERT by hand (Devlin et al., NAACL 2019, arXiv 1810.04805).
 
 - Every parameter has the name that Hugging Face gives it. Loading and saving need no map of names.
-- There are two output heads: a new linear layer (plain fine-tuning), and the label words of the
-  frozen MLM head (SMP).
+- There are two output heads: a new linear layer (plain fine-tuning), and the frozen head that
+  predicted words in pretraining, where each class has a label word (SMP).
 - Where only position 0 is read, the last layer computes only that position, which is exact. It
   saves 10/12 of the layer's products: K and V remain, each 1/12 of them.
 

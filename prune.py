@@ -35,7 +35,7 @@ class StraightThrough(torch.autograd.Function):
     """W' = W * M, where the gradient treats dM/dS as 1.
 
     dL/dW = dL/dW' * M, and dL/dS = dL/dW' * W. The scores of pruned weights keep moving.
-    W' has the type of autocast, in which the layer multiplies. Both gradients are float32.
+    W' has autocast's data type, as bf16, in which the layer multiplies. Gradients are float32.
     """
 
     @staticmethod

@@ -12,7 +12,7 @@ Where the help of a flag says "recipe", the method and the task determine the va
 prints the settings that differ from the defaults, and stops.
 """
 
-from support.terminal import UserError, program, show, tell  # first: torch takes a second or two
+from support.terminal import UserError, program, show, tell  # first: it says "loading torch"
 
 import contextlib
 import json

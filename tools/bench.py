@@ -10,7 +10,7 @@ noisy machine is noisy for both. Weights are random, in the shape of a real mode
 a CPU, BERT-base on a GPU.
 """
 
-from support.terminal import Parser, UserError, program  # first: torch takes a second or two
+from support.terminal import Parser, UserError, program  # first: it says "loading torch"
 
 import copy
 import sys

@@ -14,7 +14,7 @@ Existing files are overwritten only with --force. Use what compact and save-mask
                                                    of a mask that was released with the SMP paper
 """
 
-from support.terminal import Parser, UserError, number, program, show  # first: torch takes a second
+from support.terminal import Parser, UserError, number, program, show  # first: see there
 
 import json
 import sys

@@ -14,7 +14,7 @@ What the second sum holds does not depend on which example has which label. It i
   can learn about the task from the first gradients.
 """
 
-from support.terminal import UserError, parse_settings, program  # first: torch takes a second
+from support.terminal import UserError, parse_settings, program  # first: it says "loading torch"
 
 import sys
 import tempfile

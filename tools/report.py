@@ -18,7 +18,7 @@ step, in percent. docs/usage.md says on what the interval rests.
 `python eval.py RUN` reports the metrics, densities and sizes of one run.
 """
 
-from support.terminal import Parser, UserError, as_flag, program, show, tell  # first: torch is slow
+from support.terminal import Parser, UserError, as_flag, program, show, tell  # first: see there
 
 import itertools
 import json

@@ -11,7 +11,7 @@
 Each is a class beside those of prune.py. What is trained has the learning rate --lr.
 """
 
-import support.terminal  # noqa: F401  (first: torch takes a second or two)
+import support.terminal  # noqa: F401  (first: it says "loading torch")
 
 import sys
 
