@@ -14,7 +14,7 @@ More reports:
     python -m tools.report RUN --density 0.2 0.1 0.05        dev metrics at other densities
 """
 
-from support.terminal import Parser, UserError, program, show, tell  # first: see there
+from support.terminal import Parser, UserError, program  # first: it says "loading torch"
 
 import math
 import os
@@ -31,6 +31,7 @@ from support.fetch import locate
 from support.files import atomic_write, is_stream
 from support.machine import DEVICES, pick_device
 from support.matrices import encoder_matrices
+from support.terminal import show, tell
 
 # ---------- metrics -------------------------------------------------------------------------------
 

@@ -235,6 +235,7 @@ class Bert(nn.Module):
     heads = HEADS
     mlm_class = "BertForMaskedLM"  # the class of transformers with an MLM head ...
     bare_class = "BertModel"  # ... and without a head
+    hub_prefix = "bert"  # what the names of a bare model lack
     hub_names = {}  # {prefix of a name in Hugging Face's layout: ours}, where they differ
 
     def __init__(

@@ -35,7 +35,7 @@ class StraightThrough(torch.autograd.Function):
     """W' = W * M, where the gradient treats dM/dS as 1.
 
     dL/dW = dL/dW' * M, and dL/dS = dL/dW' * W. The scores of pruned weights keep moving.
-    W' has autocast's data type, as bf16, in which the layer multiplies. Gradients are float32.
+    W' has autocast's data type, such as bf16, in which the layer multiplies. Gradients are float32.
     """
 
     @staticmethod
@@ -177,7 +177,7 @@ class Dense:
         """Make constant what the method does not train."""
 
     def groups(self):
-        """Return the optimizer's groups. Vectors and scores have no weight decay (all codes)."""
+        """Return the parameter groups. Vectors and scores have no weight decay (released code)."""
         s = self.settings
         named = list(self.model.named_parameters())
         scores = [p for name, p in named if name.endswith(".scores")]

@@ -119,16 +119,17 @@ def recipe_of(s):
 def settings_from(given):
     """Return Settings with the recipe filled in; UserError names the flags that contradict."""
     s = Settings(**given)
-    s.task = get_task(s.task if "task" in given else None, s.task_file).name
+    s.task = get_task(given.get("task"), s.task_file).name
     check_model_and_task(s, given)
     for one, other in (("epochs", "max_steps"), ("batch_size", "max_tokens")):
         if given.get(one) and given.get(other):
             raise UserError(f"{as_flag(one)} and {as_flag(other)}: give one of them")
         if getattr(s, other):
             setattr(s, one, 0)  # unused
-    check_use(s, given)
     s.density = check_pattern(s.pattern, s.density)
-    for name, value in recipe_of(s).items():
+    published = recipe_of(s)
+    check_use(s.method, given, published)
+    for name, value in published.items():
         if getattr(s, name, "no setting") is None:
             setattr(s, name, value)
     if s.teacher_split and s.teacher.split(":")[0] != "self":
@@ -153,13 +154,12 @@ def check_model_and_task(s, given):
         raise UserError(f"--task {s.task}: {only}; give --model, too")
 
 
-def check_use(s, given):
+def check_use(method, given, published):
     """Raise UserError for a setting that the method would ignore, unless it changes nothing."""
-    usual = recipe_of(s)
-    for name in given.keys() & SETTINGS_OF_METHODS - set(METHODS[s.method].uses):
+    for name in given.keys() & SETTINGS_OF_METHODS - set(METHODS[method].uses):
         value = given[name]
-        if value not in (usual.get(name), getattr(Settings, name)):
-            raise UserError(f"{as_flag(name)} {value}: {s.method} does not use it")
+        if value not in (published.get(name), getattr(Settings, name)):
+            raise UserError(f"{as_flag(name)} {value}: {method} does not use it")
 
 
 def default_out(s):

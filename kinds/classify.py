@@ -7,7 +7,7 @@ Axes: N examples, B examples of a batch, T tokens, K outputs of the model, C cho
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -95,15 +95,15 @@ class Classify:
             return [text for text, _, _ in rows], None
         options = (task.label, task.header, bool(task.rows), task.drop_broken)
         rows = read_tsv(path, data, task.columns, *options)
-        gold = [self.read_label(label, task.label, place) for _, label, place in rows]
+        gold = [self.read_label(label, place) for _, label, place in rows]
         return [text for text, _, _ in rows], self.to_gold(gold)
 
-    def read_label(self, text, column, place):
-        """Return the label that `text` means, at `place` of a file in a column of this name."""
+    def read_label(self, text, place):
+        """Return the label that `text` means, at `place` of a file."""
         if text in self.task.spelling:
             return self.task.spelling.index(text)
         expected = " or ".join(self.task.spelling)
-        raise UserError(f'{place}: unknown {column} "{text}", expected {expected}')
+        raise UserError(f'{place}: unknown {self.task.label} "{text}", expected {expected}')
 
     def to_gold(self, labels):
         return np.array(labels, np.int64)
@@ -254,7 +254,9 @@ class Classify:
         or lacks a row or has one too many.
         """
         rows = read_tsv(path, Path(path).read_bytes(), ("index",), "prediction")
-        predicted = [self.read_label(text, "prediction", place) for _, text, place in rows]
+        # a predicted number may lie outside the range
+        reader = type(self)(replace(self.task, label="prediction", low=-1e9, high=1e9))
+        predicted = [reader.read_label(text, place) for _, text, place in rows]
         expected = ["index", *[str(i) for i in range(len(texts))]]
         check_lines(path, expected, ["index", *[index for index, _, _ in rows]])
         return self.to_gold(predicted)

@@ -32,18 +32,15 @@ class Score(Classify):
         (label,) = values["label"]
         return fields | {"columns": tuple(values["columns"]), "label": label}
 
-    def read_label(self, text, column, place):
-        low, high = self.task.low, self.task.high
-        if column == "prediction":  # it may lie outside
-            low, high = -1e9, 1e9
+    def read_label(self, text, place):
         try:
             value = float(text)
-            if low <= value <= high:  # False for nan
+            if self.task.low <= value <= self.task.high:  # False for nan
                 return value
         except ValueError:
             pass  # not a number
-        expected = f"a number from {low} to {high}"
-        raise UserError(f'{place}: unknown {column} "{text}", expected {expected}')
+        expected = f"a number from {self.task.low} to {self.task.high}"
+        raise UserError(f'{place}: unknown {self.task.label} "{text}", expected {expected}')
 
     def to_gold(self, labels):
         return np.array(labels, np.float32)

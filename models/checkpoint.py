@@ -102,7 +102,6 @@ def read_checkpoint(folder):
     These are Hugging Face's names of today or, for RoBERTa, those that BERT would have.
     """
     Model, _ = read_config(folder)
-    prefix = Model.bare_class.removesuffix("Model").lower()
     tensors = {}
     for path in model_files(folder):
         for name, tensor in read_safetensors(path)[0].items():
@@ -111,7 +110,7 @@ def read_checkpoint(folder):
             if name.endswith((".gamma", ".beta")):  # LayerNorm in checkpoints from TensorFlow
                 name = name.replace(".gamma", ".weight").replace(".beta", ".bias")
             if name.startswith(("embeddings.", "encoder.", "pooler.")):  # from a bare BertModel
-                name = f"{prefix}.{name}"
+                name = f"{Model.hub_prefix}.{name}"
             tensors[our_name(name, Model.hub_names)] = tensor.float()
     decoder = tensors.pop("cls.predictions.decoder.weight", None)
     embedding = tensors.get("bert.embeddings.word_embeddings.weight")

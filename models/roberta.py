@@ -38,6 +38,7 @@ class Roberta(Bert):
     }
     mlm_class = "RobertaForMaskedLM"
     bare_class = "RobertaModel"
+    hub_prefix = "roberta"
     hub_names = NAMES
 
     def pool(self, hidden):

@@ -438,6 +438,11 @@ REGRESSION = {"labels": (), "kind": "score"}
             REGRESSION,
             'FILE:2: unknown label "5.1", expected a number from 0.0 to 5.0',
         ),
+        (  # the name of a column in files of predictions, which may hold any number
+            "prediction\ttext\n5.1\tcat\n",
+            REGRESSION | {"label": "prediction"},
+            'FILE:2: unknown prediction "5.1", expected a number from 0.0 to 5.0',
+        ),
         ("label\ttext\nnan\tcat\n", REGRESSION, 'FILE:2: unknown label "nan"'),
         ("label\ttext\nx\tcat\n", REGRESSION, 'FILE:2: unknown label "x"'),
         ("label\ttext\n", {}, "FILE: no row of data"),

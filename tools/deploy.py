@@ -14,7 +14,7 @@ Existing files are overwritten only with --force. Use what compact and save-mask
                                                    of a mask that was released with the SMP paper
 """
 
-from support.terminal import Parser, UserError, number, program, show  # first: see there
+from support.terminal import Parser, UserError, program  # first: it says "loading torch"
 
 import json
 import sys
@@ -37,6 +37,7 @@ from models.tokenizer import load_tokenizer
 from support.files import atomic_write, is_stream, read_json
 from support.machine import DEVICES, autocast, inputs, pick_device
 from support.matrices import encoder_linears
+from support.terminal import number, show
 from tools.masks import evaluate_masks, save_mask
 
 # ---------- where to write ------------------------------------------------------------------------

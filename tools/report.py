@@ -18,7 +18,7 @@ step, in percent. docs/usage.md says on what the interval rests.
 `python eval.py RUN` reports the metrics, densities and sizes of one run.
 """
 
-from support.terminal import Parser, UserError, as_flag, program, show, tell  # first: see there
+from support.terminal import Parser, UserError, program  # first: it says "loading torch"
 
 import itertools
 import json
@@ -39,6 +39,7 @@ from prune import METHODS
 from support.fetch import find_model
 from support.machine import DEVICES, pick_device
 from support.patterns import check_density
+from support.terminal import as_flag, show, tell
 from tools import pictures
 from tools.record import NOT_RECORDED, read_record, read_run
 
