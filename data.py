@@ -1,8 +1,7 @@
 """GLUE, SQuAD, CoNLL-2003 or a task of your own, as token ids in flat numpy arrays.
 
 - `TASKS` has one row for each task. A row holds everything that this program knows about the task.
-- A task is of a kind: a class in kinds/, which reads its files and says what is decided. Most
-  tasks of GLUE are of the kind in kinds/classify.py.
+- A task is of a kind, a class in kinds/ that reads its files. GLUE's is in kinds/classify.py.
 - The official files are checked by the sha256 of the sources and by the number of rows.
 - A folder of official files is enough to work offline. A read-only one stays untouched.
 - A split is tokenised once, into a cache file. An epoch is a list of index arrays.
@@ -15,7 +14,7 @@ from support.terminal import Parser, UserError, program, tell  # first: it says 
 import hashlib
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -52,8 +51,7 @@ class Task:
     sources: tuple = ()  # (address, sha256) of each file that the TSVs are made from
     header: tuple = ()  # the column names, where labelled files have no header line
     drop_broken: bool = False  # whether to drop rows with missing fields, and not refuse them
-    low: float = 0.0  # the lowest value that a label of a regression task can have
-    high: float = 5.0  # the highest one
+    options: dict = field(default_factory=dict)  # what else a task file says, for its kind
 
     def __post_init__(self):
         if self.files is None:
@@ -199,12 +197,14 @@ def get_task(name=None, task_file=None):
     return TASKS[name]
 
 
-def read_split(task, split, path, data):
+def read_split(task, split, path, data, labelled=False):
     """Return the texts in the bytes `data` of a file `path`, and what is right for each (`gold`).
 
-    See `read` of the task's kind. Raises UserError where something is not as it should be.
+    `labelled`: a test split has labels, too. See `read` of the task's kind. Raises UserError where
+    something is not as it should be.
     """
-    texts, gold = kind_of(task).read(split, path, data)
+    role = "dev" if labelled else split.split("_")[0]
+    texts, gold = kind_of(task).read(role, path, data)
     if not texts:
         raise UserError(f"{path}: no row of data")
     expected = task.rows.get(split, len(texts))

@@ -59,6 +59,8 @@ class Classify:
     # None: `describe` checks it
     keys = {"columns": (1, 2), "label": (1, 1), "words": (1, 999), "labels": (2, 999)}
     needed = keys  # those of them that must be there
+    # Further keys, which may lack: what each may hold, see `options_in`. They are `task.options`.
+    options = {}
 
     def __init__(self, task):
         self.task = task
@@ -78,10 +80,11 @@ class Classify:
         columns = tuple(values["columns"])
         return {"labels": labels, "spelling": labels, "columns": columns, "label": label}
 
-    def read(self, split, path, data):
+    def read(self, role, path, data):
         """Return the texts in the bytes `data` of a file `path`, and what is right for each.
 
-        The latter, `gold`, is None in a test split. Raises UserError that names the place in the
+        `role` is what the split is for: "train", "dev" or "test". What is right, `gold`, is None in
+        a test split. Raises UserError that names the place in the
         file where something is not as it should be.
 
         kind              a text                             its gold
@@ -90,7 +93,7 @@ class Classify:
         tag               a list of words                    a list of tags
         """
         task = self.task
-        if not split.startswith(("train", "dev")):
+        if role == "test":
             rows = read_tsv(path, data, task.columns, "", (), bool(task.rows), task.drop_broken)
             return [text for text, _, _ in rows], None
         options = (task.label, task.header, bool(task.rows), task.drop_broken)
@@ -255,7 +258,8 @@ class Classify:
         """
         rows = read_tsv(path, Path(path).read_bytes(), ("index",), "prediction")
         # a predicted number may lie outside the range
-        reader = type(self)(replace(self.task, label="prediction", low=-1e9, high=1e9))
+        anywhere = self.task.options | {"range": (-1e9, 1e9)}
+        reader = type(self)(replace(self.task, label="prediction", options=anywhere))
         predicted = [reader.read_label(text, place) for _, text, place in rows]
         expected = ["index", *[str(i) for i in range(len(texts))]]
         check_lines(path, expected, ["index", *[index for index, _, _ in rows]])

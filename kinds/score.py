@@ -14,7 +14,7 @@ from support.terminal import UserError
 
 
 class Score(Classify):
-    """A text or a pair of texts has a number from `task.low` to `task.high`."""
+    """A text or a pair of texts has a number from `low` to `high`."""
 
     name = "score"
     picks_label = False
@@ -22,24 +22,28 @@ class Score(Classify):
     keys = {"columns": (1, 2), "label": (1, 1), "words": (1, 999), "range": None}
     needed = keys
 
+    def __init__(self, task):
+        super().__init__(task)
+        self.low, self.high = task.options.get("range", (0.0, 5.0))
+
     @classmethod
     def describe(cls, values, expect):
         ends = values["range"]
         numbers = {type(end) for end in ends} <= {int, float}
         in_order = numbers and len(ends) == 2 and ends[0] < ends[1]
         expect(in_order, "range", "two numbers, the lower one first")
-        fields = {"labels": (), "spelling": (), "low": float(ends[0]), "high": float(ends[1])}
         (label,) = values["label"]
-        return fields | {"columns": tuple(values["columns"]), "label": label}
+        fields = {"labels": (), "spelling": (), "columns": tuple(values["columns"])}
+        return fields | {"label": label, "options": {"range": (float(ends[0]), float(ends[1]))}}
 
     def read_label(self, text, place):
         try:
             value = float(text)
-            if self.task.low <= value <= self.task.high:  # False for nan
+            if self.low <= value <= self.high:  # False for nan
                 return value
         except ValueError:
             pass  # not a number
-        expected = f"a number from {self.task.low} to {self.task.high}"
+        expected = f"a number from {self.low} to {self.high}"
         raise UserError(f'{place}: unknown {self.task.label} "{text}", expected {expected}')
 
     def to_gold(self, labels):
@@ -53,7 +57,7 @@ class Score(Classify):
         """
         if logits.size(1) == 1:
             return (logits[:, 0] - labels) ** 2
-        yes = (labels - self.task.low) / (self.task.high - self.task.low)
+        yes = (labels - self.low) / (self.high - self.low)
         target = torch.stack([1 - yes, yes], dim=1)  # (B, 2)
         return F.cross_entropy(logits, target, reduction="none")
 
@@ -72,7 +76,7 @@ class Score(Classify):
         """Return the value (B,) that one or two outputs stand for; see `losses`."""
         if logits.size(1) == 1:
             return logits[:, 0]
-        return self.task.low + (self.task.high - self.task.low) * logits.softmax(dim=1)[:, 1]
+        return self.low + (self.high - self.low) * logits.softmax(dim=1)[:, 1]
 
     def predictions(self, logits, dataset):
         return self.to_value(logits).numpy()
@@ -80,4 +84,4 @@ class Score(Classify):
     def spell(self, predicted, exact=False):
         if exact:
             return [f"{float(x):.6f}" for x in predicted]
-        return [f"{np.clip(float(x), self.task.low, self.task.high):.6f}" for x in predicted]
+        return [f"{np.clip(float(x), self.low, self.high):.6f}" for x in predicted]

@@ -70,11 +70,11 @@ class Span(Classify):
         labels = ("start", "end")
         return {"labels": labels, "spelling": labels, "columns": ("question", "context")}
 
-    def read(self, split, path, data):
+    def read(self, role, path, data):
         texts, gold = read_squad(path, data)
         ids = set()
         for (_, context), (name, answers) in zip(texts, gold):
-            check_question(name, context, answers, ids, split, f'{path}: question "{name}"')
+            check_question(name, context, answers, ids, role, f'{path}: question "{name}"')
             ids.add(name)
         return texts, gold
 
@@ -143,7 +143,7 @@ def read_squad(path, data):
     return texts, gold
 
 
-def check_question(name, context, answers, ids, split, place):
+def check_question(name, context, answers, ids, role, place):
     """Raise UserError unless a question has a new id, and answers where it says that they are."""
     strings = [name, context, *[text for text, _ in answers]]
     starts = [start for _, start in answers]
@@ -151,9 +151,9 @@ def check_question(name, context, answers, ids, split, place):
     if not right or name in ids:
         expected = "expected strings, a new id, and answer_start to be whole numbers"
         raise UserError(f"{place}: {expected}")
-    if not answers and split != "test":
+    if not answers and role != "test":
         raise UserError(f"{place}: no answer; SQuAD v2 is not supported")
-    if split == "train":
+    if role == "train":
         text, start = answers[0]
         if start < 0 or not context.startswith(text or "\0", start):
             found = f'the answer "{text}" is not at character {start} of its context'

@@ -80,7 +80,7 @@ class Tag(Classify):
         expect(set(labels) == set(complete), "labels", '"O", and "B-X" and "I-X" for each type X')
         return {"labels": labels, "spelling": labels, "columns": ("sentence",)}
 
-    def read(self, split, path, data):
+    def read(self, role, path, data):
         return read_conll(path, data, self.task.labels)
 
     def encode(self, texts, gold, tokenizer, max_length):

@@ -4,7 +4,7 @@ import re
 
 from kinds import KINDS
 from support.files import read_json
-from support.terminal import UserError
+from support.terminal import UserError, quote
 
 SPLITS = ("train", "dev", "test")
 # The keys of every kind, and how many strings each of them holds.
@@ -49,6 +49,7 @@ def read_task_file(path):
     known = set(values["metric"]) <= set(kind.metrics)
     expect(known, "metric", f"some of {', '.join(kind.metrics)}")
     own = kind.describe(values, expect)
+    options = options_in(row, kind, expect)
     words = tuple(values.get("words", ()))
     count = len(own["labels"]) or 2
     expect(len(words) in (count, 0), "words", f"{count} different strings")
@@ -60,6 +61,7 @@ def read_task_file(path):
         "metrics": tuple(values["metric"]),
         "files": values["files"],
         **own,
+        "options": options | own.get("options", {}),
     }
 
 
@@ -67,12 +69,19 @@ def strings_in(row, kind, path, expect):
     """Return {key: list} of a task file, after a check of its keys and of their strings."""
     counts = KEYS | MAY_LACK | kind.keys
     for key in row:
-        if key not in counts:
-            raise UserError(f'{path}: unknown key "{key}"; the keys are {", ".join(counts)}')
+        if key not in counts | kind.options:
+            known = ", ".join(counts | kind.options)
+            raise UserError(f"{path}: unknown key {quote(key)}; the keys are {known}")
     for key in KEYS | kind.needed:
         expect(key in row, key, "this key, but it is missing")
-    values = {key: value if isinstance(value, list) else [value] for key, value in row.items()}
-    for key, found in values.items():
+    values = {}
+    for key in row:
+        if key not in counts:
+            continue
+        found = row[key] if isinstance(row[key], list) else [row[key]]
+        if key == "labels":
+            found = [as_text(label) for label in found]
+        values[key] = found
         if counts[key] is None:
             continue
         least, most = counts[key]
@@ -81,3 +90,29 @@ def strings_in(row, kind, path, expect):
         several = f"{least} to {most} different strings"
         expect(valid, key, several if most > 1 else "a string, not empty")
     return values
+
+
+def as_text(label):
+    """Return a label as text; a file may have whole numbers."""
+    return str(label) if type(label) is int else label
+
+
+def options_in(row, kind, expect):
+    """Return {key: value} of the further keys of a kind, after a check of their values.
+
+    `kind.options` says for each key what it holds: bool, int (from 1 on), str, or a tuple of the
+    values that it can have.
+    """
+    options = {}
+    for key, allowed in kind.options.items():
+        if key not in row:
+            continue
+        value = options[key] = as_text(row[key]) if allowed is str else row[key]
+        if isinstance(allowed, tuple):
+            expect(value in allowed, key, " or ".join(map(repr, allowed)))
+        elif allowed is int:
+            expect(type(value) is int and value > 0, key, "a whole number from 1 on")
+        else:
+            names = {bool: "true or false", str: "a string"}
+            expect(type(value) is allowed, key, names[allowed])
+    return options

@@ -1,6 +1,9 @@
 """Files of text: their lines, and their tokens as flat arrays."""
 
+import gzip
+import zlib
 from itertools import zip_longest
+from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -9,7 +12,15 @@ from support.terminal import UserError, live
 
 
 def decode(path, data):
-    """Return the bytes `data` of a file as text; UserError with the line that is not UTF-8."""
+    """Return the bytes `data` of a file as text; UserError with the line that is not UTF-8.
+
+    A file whose name ends in .gz is unpacked first.
+    """
+    if Path(path).suffix == ".gz":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path}: not a whole gzip file ({error}); copy it again") from None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

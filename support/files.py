@@ -94,7 +94,7 @@ def write_json(path, value):
 def read_json(path):
     """Return the object in a JSON file. Raises UserError if it is missing or not an object."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON object ({error})") from None
     if not isinstance(value, dict):

@@ -91,6 +91,12 @@ def is_rank_0():
     return alone or os.environ.get("RANK", "0") == "0"
 
 
+def quote(text):
+    """Return a text from a file as messages show it: in quotes, and at most 200 characters."""
+    text = str(text)
+    return f'"{text}"' if len(text) <= 200 else f'"{text[:200]}..."'
+
+
 def show(metrics):
     """Return metrics as the terminal shows them, in percent."""
     return "  ".join(f"{name} {100 * value:.2f}" for name, value in metrics.items())

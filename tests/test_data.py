@@ -842,7 +842,7 @@ def test_task_file(tokenizer, tmp_path):
     path.write_text(json.dumps(regression))
     task = get_task(None, path)
     assert task.kind == "score"
-    assert (task.low, task.high) == (-1.0, 1.0)
+    assert task.options == {"range": (-1.0, 1.0)}
     assert task.eval_splits == {"dev": ""}
 
 

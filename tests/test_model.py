@@ -509,7 +509,7 @@ def test_padding_changes_nothing(head):
 
 def kind_from(low, high):
     """The kind of a task whose labels are numbers from `low` to `high`."""
-    return kind_of(Task(name="t", folder="t", labels=(), kind="score", low=low, high=high))
+    return kind_of(Task(name="t", folder="t", labels=(), kind="score", options={"range": (low, high)}))
 
 
 def test_losses():
