@@ -12,7 +12,6 @@
 from support.terminal import Parser, UserError, program, tell  # first: it says "loading torch"
 
 import hashlib
-import os
 import sys
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,7 +26,7 @@ from kinds import KINDS
 from kinds.classify import IGNORED
 from kinds.task_file import SPLITS, read_task_file
 from support.fetch import DEMO, locate
-from support.files import atomic_write, cache_home, writable
+from support.files import atomic_write, cache_home, make_folder, writable
 
 # ---------- tasks ---------------------------------------------------------------------------------
 
@@ -61,8 +60,8 @@ class Task:
 
     @property
     def eval_splits(self):
-        """Return the splits to evaluate, each with the ending of its metrics' names."""
-        return {name: name.removeprefix("dev") for name in self.files if name.startswith("dev")}
+        """Return the splits to evaluate."""
+        return [name for name in self.files if name.startswith("dev")]
 
 
 def kind_of(task):
@@ -234,6 +233,7 @@ class Dataset:
     places: np.ndarray | None = None  # where a token stands in its text, if the kind needs it
     owner: np.ndarray | None = None  # (n,) int64, to which example a row belongs; None: its own
     examples: list | None = None  # [(text, gold)], if the kind keeps texts, see `read_split`
+    cut: np.ndarray | None = None  # (n,) bool, of which rows the end is lost, if the kind says it
     starts: np.ndarray | None = None  # (n,) int64; None: one row follows another
 
     def __post_init__(self):
@@ -266,7 +266,7 @@ class Dataset:
         if self.owner is not None:
             rows = np.flatnonzero(np.isin(self.owner, indices))
         per_row = ("starts", "lengths", "second")
-        part = replace(self, **{name: getattr(self, name)[rows] for name in per_row})
+        part = replace(self, cut=None, **{name: getattr(self, name)[rows] for name in per_row})
         if not self.kind.label_per_token:
             part.labels = self.labels[rows]
         if self.owner is not None:
@@ -317,8 +317,8 @@ class Dataset:
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-def load_dataset(task, split, tokenizer, max_length, data_dir="data"):
-    """Return a split as a Dataset, from the cache if the same text was tokenised before."""
+def load_dataset(task, split, tokenizer, max_length, data_dir="data", labelled=False):
+    """Return a split as a Dataset, if possible from the cache. `labelled`: see `read_split`."""
     if max_length < 8:
         raise UserError(f"--max-length {max_length}: expected at least 8")
     kind = kind_of(task)
@@ -328,16 +328,16 @@ def load_dataset(task, split, tokenizer, max_length, data_dir="data"):
     # The key of the cache file is made of all that decides the ids, and of nothing else.
     reading = replace(task, name=split, words=(), metrics=(), files={}, other_names=(), sources=())
     reading.rows = task.rows.get(split)
-    about = f"format 2, {max_length}, {reading}, {tokenizer.to_str()}"
+    about = f"format 3, {max_length}, {labelled}, {reading}, {tokenizer.to_str()}"
     key = hashlib.sha256(hashlib.sha256(data).digest() + about.encode()).hexdigest()[:32]
     folder = data_dir / "cache" if writable(data_dir) else cache_home() / "tokens"
     cached = folder / f"{task.name}-{split}-{key}.safetensors"
-    text = read_split(task, split, path, data) if kind.keeps_text else None
+    text = read_split(task, split, path, data, labelled) if kind.keeps_text else None
     try:
         return make_dataset(kind, text, safetensors.numpy.load_file(cached), max_length)
     except (OSError, TypeError, SafetensorError):
         pass  # the file is missing or damaged, or it lacks an array, so we tokenise
-    text = text or read_split(task, split, path, data)
+    text = text or read_split(task, split, path, data, labelled)
     arrays = kind.encode(*text, tokenizer, max_length)
     try:
         atomic_write(cached, safetensors.numpy.save(arrays))
@@ -355,12 +355,11 @@ def make_dataset(kind, text, arrays, max_length):
     return dataset
 
 
-def load_dev(task, tokenizer, max_length, data_dir):
-    """Return {suffix: Dataset}: dev, and for MNLI its mismatched half, too."""
-    dev_sets = {}
-    for split, suffix in task.eval_splits.items():
-        dev_sets[suffix] = load_dataset(task, split, tokenizer, max_length, data_dir)
-    return dev_sets
+def load_dev(task, tokenizer, max_length, data_dir, split=None):
+    """Return {split: Dataset}: of another `split`, or of dev, for MNLI of its other half, too."""
+    options = (tokenizer, max_length, data_dir, True)
+    names = [split] if split else task.eval_splits
+    return {name: load_dataset(task, name, *options) for name in names}
 
 
 # ---------- batches -------------------------------------------------------------------------------
@@ -420,7 +419,7 @@ def micro_batches(batch, count, rank, world, grad_accum):
 
 def prepare(task, data_dir="data"):
     """Locate and read every split of a task; return {split: (path, number of rows)}."""
-    os.makedirs(data_dir, exist_ok=True)
+    make_folder(data_dir)
     found = {}
     for split in task.files:
         path = locate(task, split, data_dir)

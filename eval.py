@@ -2,6 +2,7 @@
 
     python eval.py RUN                                       metrics on dev, densities, sizes
     python eval.py RUN --best                                the same of the best checkpoint on dev
+    python eval.py RUN --split test                          metrics on test, if it has labels
     python eval.py RUN --split test --predictions CoLA.tsv   the form of the GLUE leaderboard
     python eval.py MNLI_RUN --task ax --predictions AX.tsv   the diagnostic set, by a run on MNLI
     python eval.py RUN --input FILE                          your own text, labelled on the terminal
@@ -18,6 +19,7 @@ from support.terminal import Parser, UserError, program  # first: it says "loadi
 
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -25,7 +27,6 @@ import numpy as np
 
 from data import get_task, kind_of, load_dataset, load_dev, make_dataset, read_split
 from kinds.classify import HEADER
-from kinds.text import read_tsv
 from models.runs import load_run
 from support.fetch import locate
 from support.files import atomic_write, is_stream
@@ -37,31 +38,35 @@ from support.terminal import show, tell
 
 
 def evaluate(model, task, dev_sets, device, dtype):
-    """Return the metrics {name: value} over `dev_sets` {suffix: Dataset}; see `load_dev`."""
+    """Return the metrics {name: value} over `dev_sets` {split: Dataset}; see `load_dev`."""
     kind = kind_of(task)
     metrics = {}
-    for suffix, dataset in dev_sets.items():
+    for split, dataset in dev_sets.items():
         predicted = kind.predict(model, dataset, device, dtype)
-        metrics |= kind.measure(predicted, dataset.gold, suffix)
+        metrics |= kind.measure(predicted, dataset.gold, split)
     return metrics
 
 
 def warn_of_density(asked, achieved):
     """Say that a run has missed the density asked for, if it has by more than 10%."""
     if asked and abs(achieved / asked - 1) > 0.1:
-        tell(f"warning: density {achieved:.4f} was achieved where {asked:g} was asked for")
+        tell(f"warning: density {achieved:.3g} was achieved where {asked:.3g} was asked for")
 
 
 # ---------- the report of a run -------------------------------------------------------------------
 
 
-def report(run, which, device, data_dir):
-    """Print the metrics on dev, the densities and the sizes of one run."""
-    model, task, tokenizer, s = load_run(run, which)
-    dev_sets = load_dev(task, tokenizer, s["max_length"], data_dir)
+def report(run, loaded, which, device, data_dir, split=None):
+    """Print the metrics on dev or another split, the densities and the sizes of one run.
+
+    `loaded`: what `load_run` returns.
+    """
+    model, task, tokenizer, s = loaded
+    dev_sets = load_dev(task, tokenizer, s["max_length"], data_dir, split)
     metrics = evaluate(model.to(device), task, dev_sets, device, s["dtype"])
     step = "last step" if which == "model" else "best checkpoint"
-    print(f"{run}: {s['method']} on {task.name}, {step}, {s['dtype']}")
+    on = f"{task.name} {split}" if split else task.name
+    print(f"{run}: {s['method']} on {on}, {step}, {s['dtype']}")
     for name, value in metrics.items():
         print(f"  {name:17} {100 * value:.2f}")
     kept, sizes = kept_weights(model)
@@ -120,21 +125,17 @@ def score(path, task, split, data_dir):
     """Print the metrics of a file of predictions, by whatever system."""
     kind = kind_of(task)
     source = locate(task, split, data_dir)
-    texts, gold = read_split(task, split, source, source.read_bytes())
-    if not kind.is_labelled(gold):
-        raise UserError(f"--split {split}: {source} has no labels")
+    texts, gold = read_split(task, split, source, source.read_bytes(), labelled=True)
     predicted = kind.read_predictions(path, texts, gold)
-    print(f"{path}: {show(kind.measure(predicted, gold, task.eval_splits.get(split, '')))}")
+    print(f"{path}: {show(kind.measure(predicted, gold, split))}")
 
 
-def write_predictions(loaded, device, data_dir, split, path, name):
+def write_predictions(loaded, device, data_dir, split, path):
     """Write a split's predictions; see `as_file` of the task's kind.
 
-    `loaded`: what `load_run` returns. `name`: its task, or another one with the same labels.
+    `loaded`: what `load_run` returns.
     """
     model, task, tokenizer, s = loaded
-    if name != task.name:
-        task = task_of_same_labels(name, task)
     kind = kind_of(task)
     dataset = load_dataset(task, split, tokenizer, s["max_length"], data_dir)
     if os.path.isfile(path) and not is_stream(path):
@@ -150,32 +151,32 @@ def write_predictions(loaded, device, data_dir, split, path, name):
     tell(f"{path}: {len(predicted):,} predictions of {task.name} {split}", stream)
 
 
-def task_of_same_labels(name, task):
-    """Return the task called `name`, which a run on `task` can predict; UserError if it cannot."""
-    other = get_task(name)
-    if other.labels != task.labels or other.kind != task.kind or not kind_of(task).picks_label:
-        need = f"expected classes, and the labels of {task.name}, on which the run was trained"
-        raise UserError(f"--task {name}: {need}")
+def task_of_same_labels(name, task_file, task):
+    """Return another task, which a run on `task` can predict; UserError if it cannot."""
+    other = get_task(name, task_file)
+    if (other.kind, other.labels) != (task.kind, task.labels):
+        need = f"expected the kind and the labels of {task.name}, on which the run was trained"
+        raise UserError(f"{other.name}: {need}")
     return other
 
 
 def label_texts(loaded, device, path):
     """Print what a run says of texts: its prediction, the probability of each class, the text.
 
-    The file is a TSV with the task's columns. "-" is standard input: each line is a text, or a
-    pair of texts with a tab between them. Empty lines are skipped. Only a kind whose prediction is
-    one of the labels has probabilities.
+    The file has the task's columns, see `read_input` of its kind. "-" is standard input: each line
+    is a text, or a pair of texts with a tab between them. Only a kind whose prediction is one of
+    the labels has probabilities.
     """
     model, task, tokenizer, s = loaded
     kind = kind_of(task)
     if path == "-":
         path = "standard input"
-        found = read_tsv(path, sys.stdin.buffer.read(), task.columns, header=task.columns)
+        found = kind.read_input(path, sys.stdin.buffer.read(), task.columns)
     else:
-        found = read_tsv(path, Path(path).read_bytes(), task.columns)
+        found = kind.read_input(path, Path(path).read_bytes())
     if not found:
         raise UserError(f"{path}: no row of data")
-    rows, texts, gold = kind.from_rows([text for text, _, _ in found], path)
+    rows, texts, gold = kind.from_rows(found, path)
     arrays = kind.encode(texts, gold, tokenizer, s["max_length"])
     dataset = make_dataset(kind, (texts, gold), arrays, s["max_length"])
     predicted, shares = kind.label(model.to(device), dataset, device, s["dtype"])
@@ -183,7 +184,8 @@ def label_texts(loaded, device, path):
     print("prediction", *classes, *task.columns, sep="\t")
     for prediction, share, row in zip(predicted, shares, rows):
         columns = [row] if isinstance(row, str) else row
-        print(prediction, *[f"{p:.4f}" for p in share], *columns, sep="\t")
+        fields = [prediction, *[f"{p:.4f}" for p in share], *columns]
+        print(*[" ".join(re.split("[\t\r\n]", field)) for field in fields], sep="\t")
 
 
 # ---------- the command line ----------------------------------------------------------------------
@@ -196,10 +198,10 @@ def parse(argv):
     add("--best", action="store_true", help="the best checkpoint on dev, not the last step")
     add("--predictions", metavar="FILE", help="write a split's predictions")
     add("--score", metavar="FILE", help="metrics of predictions on --task; no RUN is needed")
-    add("--split", help="dev, dev_mm, test or test_mm; default: test, with --score: dev")
-    add("--task", help="task of --score; or predict another task of the same labels: ax by mnli")
-    add("--task-file", metavar="JSON", help="task of --score, if it is your own")
-    add("--input", metavar="FILE", help="label your own text: a TSV, or - for standard input")
+    add("--split", help="dev, dev_mm, test or test_mm; default: dev, with --predictions test")
+    add("--task", help="task of --score; or another task of the same labels: ax for a run on mnli")
+    add("--task-file", metavar="JSON", help="the same, if the task is your own or has moved")
+    add("--input", metavar="FILE", help="label your own text: a file, or - for standard input")
     add("--data-dir", default="data", help="folder of the data (default: data)")
     add("--device", default="auto", choices=DEVICES)
     args = parser.parse_args(argv)
@@ -212,10 +214,8 @@ def parse(argv):
         return args
     if not args.runs:
         raise UserError("give RUN, or --score FILE with --task")
-    if args.task_file:
-        raise UserError("--task-file: only with --score")
-    if (args.split or args.task) and not args.predictions:
-        raise UserError("--split and --task need --predictions or --score")
+    if args.input and (args.split or args.task or args.task_file):
+        raise UserError("--split, --task and --task-file do not go with --input")
     if asked and len(args.runs) > 1:
         raise UserError("--predictions and --input take one run")
     return args
@@ -230,17 +230,18 @@ def main(argv=None):
         return
     device = pick_device(args.device)
     which = "best" if args.best else "model"
-    if not (args.predictions or args.input):
-        for run in args.runs:
-            report(run, which, device, args.data_dir)
-        return
-    loaded = load_run(args.runs[0], which)
-    if args.input:
-        label_texts(loaded, device, args.input)
-    else:
-        name = args.task or loaded[1].name
-        split = args.split or "test"
-        write_predictions(loaded, device, args.data_dir, split, args.predictions, name)
+    for run in args.runs:
+        model, task, tokenizer, settings = load_run(run, which)
+        if args.task or args.task_file:
+            task = task_of_same_labels(args.task, args.task_file, task)
+        loaded = (model, task, tokenizer, settings)
+        if args.input:
+            label_texts(loaded, device, args.input)
+        elif args.predictions:
+            split = args.split or "test"
+            write_predictions(loaded, device, args.data_dir, split, args.predictions)
+        else:
+            report(run, loaded, which, device, args.data_dir, args.split)
 
 
 if __name__ == "__main__":

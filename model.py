@@ -46,21 +46,31 @@ class BertConfig:
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     pad_token_id: int = 0
+    hidden_act: str = "gelu"
 
     @property
-    def first_position(self):
-        """Return the row of the first token's position."""
-        return 0
+    def head_act(self):
+        """Return the activation of the MLM head."""
+        return self.hidden_act
 
     @property
     def positions(self):
         """Return the number of tokens that a text can have."""
-        return self.max_position_embeddings - self.first_position
+        return self.max_position_embeddings
 
 
 # ---------- the encoder ---------------------------------------------------------------------------
 #
 # An nn.ModuleDict stands where Hugging Face has a level of names and the mathematics has none.
+
+
+EXACT = ("gelu", "gelu_python")
+BY_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+
+
+def gelu(x, name):
+    """Return GELU(x), exact or approximated by tanh, as config.json names it."""
+    return F.gelu(x, approximate="none" if name in EXACT else "tanh")
 
 
 class Embeddings(nn.Module):
@@ -73,14 +83,19 @@ class Embeddings(nn.Module):
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.first_position = config.first_position
+        self.pad_token_id = config.pad_token_id
 
     def forward(self, input_ids, token_type_ids):
+        if self.token_type_embeddings.num_embeddings == 1:  # whatever the tokenizer says
+            token_type_ids = torch.zeros_like(token_type_ids)
         hidden = self.word_embeddings(input_ids)  # (B, T, C)
         hidden = hidden + self.token_type_embeddings(token_type_ids)
-        positions = self.position_embeddings.weight[self.first_position :]
-        hidden = hidden + positions[: input_ids.size(1)]
+        hidden = hidden + self.positions(input_ids)
         return self.dropout(self.LayerNorm(hidden))
+
+    def positions(self, input_ids):
+        """Return the embeddings of the positions of all tokens, (T, C) or (B, T, C)."""
+        return self.position_embeddings.weight[: input_ids.size(1)]
 
 
 def attend_with_dropout(q, k, v, mask, dropout, scale):
@@ -155,22 +170,23 @@ class Layer(nn.Module):
         )
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, inner)})
         self.output = Residual(config, inner)
+        self.hidden_act = config.hidden_act
 
     def forward(self, hidden, mask, first_only=False):
         queries = hidden[:, :1] if first_only else hidden  # (B, R, C)
         attended = self.attention["self"](hidden, queries, mask)
         attended = self.attention["output"](attended, queries)
-        inner = F.gelu(self.intermediate["dense"](attended))  # (B, R, C) -> (B, R, F)
+        inner = gelu(self.intermediate["dense"](attended), self.hidden_act)  # (B, R, F)
         return self.output(inner, attended)  # (B, R, F) -> (B, R, C)
 
 
 class BertModel(nn.Module):
     """The embeddings and the layers."""
 
-    def __init__(self, config, pooler):
+    def __init__(self, config, pooler, embeddings):
         super().__init__()
         layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.embeddings = Embeddings(config)
+        self.embeddings = embeddings
         self.encoder = nn.ModuleDict({"layer": layers})
         if pooler:
             dense = nn.Linear(config.hidden_size, config.hidden_size)
@@ -201,10 +217,12 @@ class MLMHead(nn.Module):
         norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.transform = nn.ModuleDict({"dense": dense, "LayerNorm": norm})
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.hidden_act = config.head_act
 
     def forward(self, hidden, embedding, ids=slice(None)):
         """Return the logits (..., K) of the words `ids` (default: all) for `hidden` (..., C)."""
-        hidden = self.transform["LayerNorm"](F.gelu(self.transform["dense"](hidden)))
+        hidden = gelu(self.transform["dense"](hidden), self.hidden_act)
+        hidden = self.transform["LayerNorm"](hidden)
         return F.linear(hidden, embedding[ids], self.bias[ids])  # (..., C) x (C, K) -> (..., K)
 
 
@@ -229,6 +247,7 @@ class Bert(nn.Module):
     """
 
     Config = BertConfig
+    Embeddings = Embeddings
     matrices = MATRICES  # the matrices of a layer: letter -> name
     attention_letters = "QKVO"  # an attention head is rows of the first ones, columns of the last
     feed_forward_letters = "UD"  # so is a unit of the feed-forward part
@@ -246,7 +265,8 @@ class Bert(nn.Module):
         self.output_head = output_head
         self.outputs = len(words) or outputs
         self.form = form
-        self.bert = BertModel(config, pooler or (output_head == "classifier" and self.first_only))
+        pooler = pooler or (output_head == "classifier" and self.first_only)
+        self.bert = BertModel(config, pooler, self.Embeddings(config))
         if mlm:
             self.cls = nn.ModuleDict({"predictions": MLMHead(config)})
         if output_head == "classifier":

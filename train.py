@@ -21,7 +21,7 @@ import os
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -31,14 +31,14 @@ from torch.nn.parallel import DistributedDataParallel
 from data import batches, get_task, kind_of, load_dataset, load_dev, micro_batches
 from eval import evaluate, warn_of_density
 from models.checkpoint import load_model, read_config
-from models.resume import Progress, load_progress, save_progress
-from models.runs import begin_from, describe, describe_result, read_origin, read_run_config
-from models.runs import write_model, write_scores
+from models.resume import Progress, load_progress, resumed, save_progress
+from models.runs import begin_from, check_resumed, describe, describe_result, read_origin
+from models.runs import source_of, warn_of_unknown, write_model, write_scores, write_task
 from models.teacher import Teacher
 from models.tokenizer import label_word_ids, load_tokenizer
 from prune import METHODS
-from support.fetch import find_model
-from support.files import Log, claimed, read_json, write_json
+from support.fetch import find_config
+from support.files import Log, claimed, make_folder, write_json
 from support.machine import DEVICES, DTYPES, from_rank_0, join_processes, pick_dtype
 from support.patterns import check_pattern, n_of_m
 from support.recipes import recipe
@@ -101,6 +101,7 @@ class Settings:
     teacher_split: number(float, "[0, 0.5]") = 0.0  # of train, to choose self; 0: on dev
 
     eval_every: COUNT_OR_OFF = 0  # steps between evaluations, each with a checkpoint; 0: per epoch
+    patience: COUNT_OR_OFF = 0  # stop after so many evaluations without a new best; 0: off
     log_every: COUNT = 50  # steps between log lines
     device: DEVICES = "auto"  # where to run
     dtype: DTYPES = None  # autocast; recipe auto: bf16 where the device computes in it; demo fp32
@@ -113,7 +114,8 @@ def recipe_of(s):
     """Return the published values for these settings; see `recipe`."""
     kind = get_task(s.task, s.task_file).kind
     taught = s.teacher not in (None, "none")
-    return recipe(METHODS[s.method].recipe, kind, s.task, s.model, s.density, taught)
+    model_type = find_config(s.model).get("model_type", "bert")
+    return recipe(METHODS[s.method].recipe, kind, s.task, model_type, s.density, taught)
 
 
 def settings_from(given):
@@ -198,34 +200,38 @@ class Run:
 
     def load_model(self, s):
         """Load the tokenizer and the model; check the settings that depend on its sizes."""
-        self.source = find_model(s.model)
+        self.source = source_of(s)
         _, config = read_config(self.source)
         check_sizes(s, config)
         self.tokenizer = load_tokenizer(self.source, config.vocab_size)
-        self.origin = read_origin(s, self.source) if s.from_run else None
+        self.origin = read_origin(self) if s.from_run else None
         head = METHODS[s.method].output_head
         if head is None:
             if self.origin is None:
                 raise UserError(f"--method {s.method}: needs a run to start from; give --from RUN")
-            head = self.origin[0].output_head
+            head = self.origin.model.output_head
         self.words = []
         if head == "words":
             by_logit = s.regression == "logit"
             self.words = label_word_ids(self.tokenizer, self.task, s.method, by_logit)
-        sizes = (len(self.task.labels) or 1, self.words)
-        form = self.kind.form
-        self.model = load_model(self.source, head, *sizes, s.seed, s.dropout, form=form)
+        options = {"form": self.kind.form, "labels": self.kind.outputs}
+        sizes = (len(self.kind.outputs), self.words)
+        self.model = load_model(self.source, head, *sizes, s.seed, s.dropout, **options)
         if head == "words" and not hasattr(self.model, "cls"):
             tell(f"{s.model} has no MLM head: the logit of a class is h . e(word)")
 
     def load_data(self, s):
         """Load the splits and count the steps."""
-        os.makedirs(s.data_dir, exist_ok=True)
+        make_folder(s.data_dir)
         self.train_set = load_dataset(self.task, "train", self.tokenizer, s.max_length, s.data_dir)
+        warn_of_unknown(self)
+        self.kind.learn_from(self.train_set)
         self.dev_sets = load_dev(self.task, self.tokenizer, s.max_length, s.data_dir)
         self.held_out = {}  # part of train to choose the teacher on
         if s.teacher_split:
-            self.train_set, self.held_out[""] = self.train_set.split(s.teacher_split, s.seed)
+            if len(self.train_set.gold) < 2:
+                raise UserError("--teacher-split: the training set has one example; expected two")
+            self.train_set, self.held_out["dev"] = self.train_set.split(s.teacher_split, s.seed)
         self.steps_per_epoch = len(self.batches_of(0))
         self.examples_per_step = len(self.train_set) / self.steps_per_epoch
         self.total_steps = s.max_steps or s.epochs * self.steps_per_epoch
@@ -253,14 +259,16 @@ class Run:
         saved = path.read_bytes() if s.resume and self.rank == 0 and path.exists() else b""
         saved = from_rank_0(saved, self.rank, self.world)
         if saved:
+            if self.rank == 0:
+                check_resumed(self)
             load_progress(self, saved, path)
             tell(f"resumed {self.out} at step {self.progress.step}")
             self.log.cut(self.progress.step)
         else:
             self.begin_anew()
         if self.origin:
-            self.method.first = read_json(Path(s.from_run, "result.json"))["achieved_density"]
-            self.method.keep_zeros(self.origin[0].to(self.device))
+            self.method.first = self.origin.density
+            self.method.keep_zeros(self.origin.model.to(self.device))
             self.origin = None  # a second model
         self.method.update(self.progress.step)
         if not saved:
@@ -278,6 +286,7 @@ class Run:
         if self.teacher.dense_run:
             self.teacher.load_run(self)
         if self.rank == 0:
+            write_task(self)
             write_json(self.out / "config.json", describe(self))
         self.log.cut(-1)
 
@@ -322,6 +331,9 @@ def loop(run, signals):
     order_epoch = None
     run.model.train()
     for step in range(run.progress.step, run.total_steps):
+        if s.patience and run.progress.since_best >= s.patience:
+            tell(f"stopped: {s.patience} evaluations without a new best (--patience)")
+            break
         epoch, place = divmod(step, run.steps_per_epoch)
         if epoch != order_epoch:
             order = run.batches_of(epoch)
@@ -446,7 +458,9 @@ def evaluate_step(run, step):
     best = progress.best
     last_chance = best is None and step == run.total_steps
     if run.method.settled(step) or last_chance:
+        progress.since_best += 1
         if best is None or metrics[main] > best["metrics"][main]:
+            progress.since_best = 0
             progress.best = {"metrics": metrics, "step": step}
             write_model(run, "best")
             write_scores(run, run.out / "best")
@@ -488,22 +502,6 @@ def finish(run):
     return result
 
 
-def resumed(given, out):
-    """Return the settings of the run in `out`.
-
-    Raises UserError where a flag given now contradicts them. Device and data folder may differ.
-    """
-    path = out / "config.json"
-    config = read_run_config(out)
-    saved = config["settings"]
-    if saved.keys() != {f.name for f in fields(Settings)}:
-        raise UserError(f"{path}: not the settings of a run of this version of train.py")
-    for name, value in given.items():
-        if name not in ("resume", "out", "device", "data_dir") and value != saved[name]:
-            raise UserError(f"{as_flag(name)} {value}: {path} was started with {saved[name]}")
-    return Settings(**saved | given | {"out": str(out), "dtype": config["dtype"]})  # no "auto"
-
-
 def choose(given):
     """Return the settings, and the source of those that were not given: a run, or a recipe."""
     if given.keys() >= {"from_run", "resume"}:
@@ -511,7 +509,7 @@ def choose(given):
     if given.get("resume"):
         out = Path(given.get("out") or settings_from(given).out)
         if (out / "config.json").exists():
-            return resumed(given, out), out / "config.json"
+            return Settings(**resumed(given, out, Settings)), out / "config.json"
     s = settings_from(given)
     return s, f"the recipe: {recipe_of(s)['source']}"
 

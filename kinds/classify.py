@@ -7,6 +7,7 @@ Axes: N examples, B examples of a batch, T tokens, K outputs of the model, C cho
 """
 
 import math
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,10 +16,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from kinds.metrics import f1, pearson
-from kinds.text import check_lines, encode, read_tsv
+from kinds.metrics import f1, macro_f1, pearson
+from kinds.text import check_lines, encode, read_rows
 from support.machine import autocast, inputs, send
-from support.terminal import UserError, live
+from support.terminal import UserError, live, quote, tell
 
 IGNORED = -100  # the label of a token at which nothing is decided
 
@@ -52,18 +53,21 @@ class Classify:
     picks_label = True  # is a prediction one of the labels?
     metrics = {
         "accuracy": lambda predicted, labels: float(np.mean(predicted == labels)),
-        "f1": f1,
+        "f1": f1,  # of the positive class, see `metric`
+        "macro_f1": macro_f1,
         "matthews": pearson,  # Matthews' correlation is that of two 0-1 variables
     }
     # The keys of a task file besides those of every kind, and how many strings each of them holds;
     # None: `describe` checks it
-    keys = {"columns": (1, 2), "label": (1, 1), "words": (1, 999), "labels": (2, 999)}
+    keys = {"columns": (1, 2), "label": (1, 1), "words": (1, 10**6), "labels": (2, 10**6)}
     needed = keys  # those of them that must be there
     # Further keys, which may lack: what each may hold, see `options_in`. They are `task.options`.
-    options = {}
+    options = {"quoted": bool, "positive": str, "class_weights": ("balanced",)}
 
     def __init__(self, task):
         self.task = task
+        self.classes = {text: number for number, text in enumerate(task.spelling)}
+        self.class_weights = None  # (K,), see `learn_from`
 
     # files
 
@@ -74,8 +78,12 @@ class Classify:
         `expect(condition, key, expected)` raises UserError, which names the key.
         """
         labels = tuple(values["labels"])
-        if len(labels) > 2:  # F1 and Matthews are those of two classes
-            expect(values["metric"] == ["accuracy"], "metric", "some of accuracy")
+        positive = values.get("positive", labels[1])
+        expect(positive in labels, "positive", "one of the labels")
+        if len(labels) > 2:
+            known = {"accuracy", "macro_f1"} | ({"f1"} if "positive" in values else set())
+            several = 'accuracy or macro_f1, or f1 with "positive"; there are more than two labels'
+            expect(set(values["metric"]) <= known, "metric", several)
         (label,) = values["label"]
         columns = tuple(values["columns"])
         return {"labels": labels, "spelling": labels, "columns": columns, "label": label}
@@ -93,29 +101,37 @@ class Classify:
         tag               a list of words                    a list of tags
         """
         task = self.task
+        quoted = task.options.get("quoted", False)
+        options = (bool(task.rows), task.drop_broken, quoted)
         if role == "test":
-            rows = read_tsv(path, data, task.columns, "", (), bool(task.rows), task.drop_broken)
+            rows = read_rows(path, data, task.columns, "", (), *options)
             return [text for text, _, _ in rows], None
-        options = (task.label, task.header, bool(task.rows), task.drop_broken)
-        rows = read_tsv(path, data, task.columns, *options)
+        rows = read_rows(path, data, task.columns, task.label, task.header, *options)
         gold = [self.read_label(label, place) for _, label, place in rows]
         return [text for text, _, _ in rows], self.to_gold(gold)
 
     def read_label(self, text, place):
         """Return the label that `text` means, at `place` of a file."""
-        if text in self.task.spelling:
-            return self.task.spelling.index(text)
-        expected = " or ".join(self.task.spelling)
-        raise UserError(f'{place}: unknown {self.task.label} "{text}", expected {expected}')
+        if text in self.classes:
+            return self.classes[text]
+        expected = " or ".join(self.task.spelling[:10])
+        if len(self.classes) > 10:
+            expected += f" or one of {len(self.classes) - 10:,} others"
+        raise UserError(f"{place}: unknown {self.task.label} {quote(text)}, expected {expected}")
 
     def to_gold(self, labels):
         return np.array(labels, np.int64)
 
-    def is_labelled(self, gold):
-        """Does what was read of a split say what is right?"""
-        return gold is not None
+    @property
+    def outputs(self):
+        """Return the names of the outputs of a trained head, in order."""
+        return self.task.labels
 
     # tokens
+
+    def tokenizer(self, tokenizer):
+        """Return a tokenizer as the texts of this kind are read with it."""
+        return tokenizer
 
     def encode(self, texts, gold, tokenizer, max_length):
         """Return the arrays of a Dataset, by name; `texts` and `gold` are from `read`."""
@@ -124,6 +140,22 @@ class Classify:
 
     def check(self, dataset):
         """Warn of what a data set has lost."""
+        share = 0.0 if dataset.cut is None else np.mean(dataset.cut)
+        if share > 0.05:
+            where = f"the texts of {self.task.name} are cut at --max-length {dataset.max_length}"
+            tell(f"warning: {share:.1%} of {where}", sys.stderr)
+
+    def learn_from(self, dataset):
+        """Take the weights of the classes from the training set, if the task file asks for them.
+
+        A class that n of N decisions have weighs N / (n * number of such classes), as in sklearn.
+        So the mean over the decisions is 1. Teachers are not weighted.
+        """
+        if "class_weights" in self.task.options:
+            labels = dataset.labels[dataset.labels != IGNORED]
+            counts = np.bincount(labels, minlength=len(self.task.labels))
+            weights = len(labels) / np.maximum(counts, 1) / np.count_nonzero(counts)
+            self.class_weights = torch.tensor(weights, dtype=torch.float32)
 
     # decisions and their losses
 
@@ -156,8 +188,10 @@ class Classify:
         It is 0 where the label is IGNORED.
         """
         flat = logits.flatten(0, -2)  # (..., C) -> (decisions, C)
-        losses = F.cross_entropy(flat, labels.flatten(), reduction="none", ignore_index=IGNORED)
-        return losses.view_as(labels)
+        if self.class_weights is not None:
+            self.class_weights = self.class_weights.to(flat.device)
+        options = {"weight": self.class_weights, "ignore_index": IGNORED, "reduction": "none"}
+        return F.cross_entropy(flat, labels.flatten(), **options).view_as(labels)
 
     def losses_taught(self, decided, table, weigh):
         """Return the losses of decisions with a teacher's part.
@@ -214,14 +248,25 @@ class Classify:
         """
         return logits.argmax(dim=1).numpy()
 
-    def measure(self, predicted, gold, suffix=""):
-        """Return {metric: value}, the first of which selects; `suffix` marks MNLI's second dev."""
+    def measure(self, predicted, gold, split="dev"):
+        """Return {metric: value}, the first of which selects. MNLI has one for each of its devs."""
+        suffix = "_mm" if split.endswith("_mm") else ""
         metrics = {}
         for full_name in self.task.metrics:
             name = full_name.removesuffix("_mm")
             if name + suffix == full_name:
-                metrics[full_name] = self.metrics[name](predicted, gold)
+                metrics[full_name] = self.metric(name, predicted, gold)
         return metrics
+
+    def metric(self, name, predicted, gold):
+        """Return a metric of `metrics`. The positive class is the second one, if none is named."""
+        function = self.metrics[name]
+        if function is f1:
+            positive = self.task.options.get("positive", self.task.spelling[1])
+            return f1(predicted, gold, self.classes[positive])
+        if function is macro_f1:
+            return macro_f1(predicted, gold, len(self.classes))
+        return function(predicted, gold)
 
     # files of predictions, and the user's own texts
 
@@ -256,7 +301,7 @@ class Classify:
         `texts` and `gold` are those of the split. Raises UserError where the file has another form,
         or lacks a row or has one too many.
         """
-        rows = read_tsv(path, Path(path).read_bytes(), ("index",), "prediction")
+        rows = read_rows(path, Path(path).read_bytes(), ("index",), "prediction")
         # a predicted number may lie outside the range
         anywhere = self.task.options | {"range": (-1e9, 1e9)}
         reader = type(self)(replace(self.task, label="prediction", options=anywhere))
@@ -264,6 +309,15 @@ class Classify:
         expected = ["index", *[str(i) for i in range(len(texts))]]
         check_lines(path, expected, ["index", *[index for index, _, _ in rows]])
         return self.to_gold(predicted)
+
+    def read_input(self, path, data, header=()):
+        """Return the texts in a file of your own, which needs no labels.
+
+        `header` names the columns of a file without a header line.
+        """
+        quoted = self.task.options.get("quoted", False)
+        rows = read_rows(path, data, self.task.columns, header=header, quoted=quoted)
+        return [text for text, _, _ in rows]
 
     def from_rows(self, rows, path):
         """Return (rows, texts, gold) to predict for a user's own rows of text, see `read`.

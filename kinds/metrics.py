@@ -5,11 +5,16 @@ from collections import Counter
 import numpy as np
 
 
-def f1(predicted, labels):
-    """Return F1 of class 1, or 0 where that class is neither predicted nor there."""
-    hits = np.sum((predicted == 1) & (labels == 1))
-    total = np.sum(predicted == 1) + np.sum(labels == 1)
+def f1(predicted, labels, positive=1):
+    """Return F1 of one class, or 0 where that class is neither predicted nor there."""
+    hits = np.sum((predicted == positive) & (labels == positive))
+    total = np.sum(predicted == positive) + np.sum(labels == positive)
     return float(2 * hits / total) if total else 0.0
+
+
+def macro_f1(predicted, labels, count):
+    """Return the mean of F1 over `count` classes."""
+    return float(np.mean([f1(predicted, labels, positive) for positive in range(count)]))
 
 
 def pearson(x, y):

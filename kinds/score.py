@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from kinds.classify import Classify
 from kinds.metrics import pearson, spearman
 from support.machine import send
-from support.terminal import UserError
+from support.terminal import UserError, quote
 
 
 class Score(Classify):
@@ -19,8 +19,9 @@ class Score(Classify):
     name = "score"
     picks_label = False
     metrics = {"pearson": pearson, "spearman": spearman}
-    keys = {"columns": (1, 2), "label": (1, 1), "words": (1, 999), "range": None}
+    keys = {"columns": (1, 2), "label": (1, 1), "words": (1, 2), "range": None}
     needed = keys
+    options = {"quoted": bool}
 
     def __init__(self, task):
         super().__init__(task)
@@ -36,6 +37,10 @@ class Score(Classify):
         fields = {"labels": (), "spelling": (), "columns": tuple(values["columns"])}
         return fields | {"label": label, "options": {"range": (float(ends[0]), float(ends[1]))}}
 
+    @property
+    def outputs(self):
+        return ("score",)
+
     def read_label(self, text, place):
         try:
             value = float(text)
@@ -44,7 +49,7 @@ class Score(Classify):
         except ValueError:
             pass  # not a number
         expected = f"a number from {self.low} to {self.high}"
-        raise UserError(f'{place}: unknown {self.task.label} "{text}", expected {expected}')
+        raise UserError(f'{place}: unknown {self.task.label} {quote(text)}, expected {expected}')
 
     def to_gold(self, labels):
         return np.array(labels, np.float32)

@@ -78,9 +78,6 @@ class Span(Classify):
             ids.add(name)
         return texts, gold
 
-    def is_labelled(self, gold):
-        return all(answers for _, answers in gold)
-
     def encode(self, texts, gold, tokenizer, max_length):
         return encode_windows(texts, gold, tokenizer, max_length)
 

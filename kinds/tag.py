@@ -2,6 +2,7 @@
 
 import re
 import sys
+import textwrap
 from itertools import chain
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from kinds.classify import IGNORED, Classify
 from kinds.metrics import shared_words
 from kinds.text import check_lines, copy_of, decode, flat
-from support.terminal import UserError, tell
+from support.terminal import UserError, quote, tell
 
 # ---------- metrics -------------------------------------------------------------------------------
 
@@ -66,8 +67,9 @@ class Tag(Classify):
         "entity_precision": entity_precision,
         "entity_recall": entity_recall,
     }
-    keys = {"words": (1, 999), "labels": (2, 999)}
+    keys = {"words": (1, 10**6), "labels": (2, 10**6)}
     needed = {}
+    options = {"word_column": int, "tag_column": int, "class_weights": ("balanced",)}
 
     @classmethod
     def describe(cls, values, expect):
@@ -75,24 +77,35 @@ class Tag(Classify):
         path = values["files"]["train"]
         there = labels or Path(path).is_file()
         expect(there, "train", 'a file, because there are no "labels"')
-        labels = labels or tags_in(path)
+        other = values.get("word_column", 1) != values.get("tag_column")
+        expect(other, "tag_column", "another column than that of the words")
+        labels = labels or tags_in(path, values)
         complete = all_tags(label[2:] for label in labels)
         expect(set(labels) == set(complete), "labels", '"O", and "B-X" and "I-X" for each type X')
         return {"labels": labels, "spelling": labels, "columns": ("sentence",)}
 
     def read(self, role, path, data):
-        return read_conll(path, data, self.task.labels)
+        return read_conll(path, data, self.task.labels, self.task.options)
+
+    def tokenizer(self, tokenizer):
+        return for_words(tokenizer)
 
     def encode(self, texts, gold, tokenizer, max_length):
         return encode_words(texts, gold, self.task.labels, tokenizer, max_length)
 
     def check(self, dataset):
+        """Warn of words without a token. More than 5% of them are an error, if there are tags."""
         words = sum(len(words) for words, _ in dataset.examples)
         lost = words - np.count_nonzero(dataset.places >= 0)
-        if lost:
-            where = f"words of {self.task.name} without a token in --max-length"
-            text = f"{where} {dataset.max_length}: {lost:,}"
-            tell(f"warning: {text}; they count as tagged O", sys.stderr)
+        if not lost:
+            return
+        count = f"{lost:,} of {words:,} words ({lost / words:.1%}) have no token"
+        text = f"{self.task.name}: {count} in --max-length {dataset.max_length}"
+        if lost > 0.05 * words and dataset.examples[0][1] is not None:
+            longest = max(len(words) for words, _ in dataset.examples)
+            cures = "an empty line ends a sentence; or give a larger --max-length"
+            raise UserError(f"{text}; the longest sentence has {longest:,} words; {cures}")
+        tell(f"warning: {text}; they count as tagged O", sys.stderr)
 
     def predictions(self, logits, dataset):
         return tags_of_words(self.task.labels, logits.argmax(dim=1).numpy(), dataset)
@@ -103,64 +116,68 @@ class Tag(Classify):
     def as_file(self, predicted, dataset, exact=False):
         sentences = []
         for (words, gold), tags in zip(dataset.examples, predicted):
-            sentences.append("".join(f"{' '.join(row)}\n" for row in zip(words, gold, tags)))
+            sentences.append("".join(map(line_of, zip(words, gold, tags))))
         return "\n".join(sentences)
 
     def read_predictions(self, path, texts, gold):
-        found, predicted = read_conll(path, Path(path).read_bytes(), self.task.labels)
+        columns = {"word_column": 1}  # and the tag is last, as in `as_file`
+        found, predicted = read_conll(path, Path(path).read_bytes(), self.task.labels, columns)
         lines = chain(*[(*words, "") for words in texts])  # "" is the empty line after a sentence
         check_lines(path, lines, chain(*[(*words, "") for words in found]))
         return predicted
 
     def from_rows(self, rows, path):
-        """Return what is in sentences with spaces between their words; empty ones are skipped."""
-        rows = [row for row in rows if row.split()]
-        if not rows:
-            raise UserError(f"{path}: no row of data")
+        """Return what is in sentences with spaces between their words. They have no tags: None."""
         texts = [row.split() for row in rows]
-        return rows, texts, [["O"] * len(words) for words in texts]
+        return rows, texts, [None] * len(texts)
 
 
 # ---------- files ---------------------------------------------------------------------------------
 
+TAG = re.compile("O|[BI]-.+")
 
-def read_conll(path, data, labels):
+
+def read_conll(path, data, labels, options):
     """Return [words] and [tags] of the sentences in a file in the form of CoNLL-2003.
 
-    A line has columns between spaces or tabs: first a word, last its tag. An empty line ends a
-    sentence. Tags are in IOB1 or BIO2, and become BIO2. Without `labels`, any tag is accepted.
+    A line has columns between tabs, or between spaces if it holds no tab. The first is a word and
+    the last is its tag, if `options` name no "word_column" and "tag_column", counted from 1. An
+    empty line and -DOCSTART- end a sentence. LF, CR LF and CR end a line.
+
+    A comment is left out. It begins with "#", and it has no tag of the form O, B-X or I-X or is
+    "# key = value". So "#hashtag O" is a word. Left out, too, are CoNLL-U's words that stand for
+    several or for none: these lines have a number such as 3-4 or 3.1 before the word, and no tag.
+
+    Tags are in IOB1 or BIO2, and become BIO2. Without `labels`, any type of entity is accepted.
     Raises UserError with the line that is wrong.
     """
     texts = []
     gold = []
-    words = []
-    tags = []
-    for number, line in enumerate([*decode(path, data).split("\n"), ""], 1):
-        fields = re.split("[ \t]+", line.strip(" \t\r"))
-        if fields == [""] or fields[0] == "-DOCSTART-":
-            if words:
-                texts.append(words)
-                gold.append(tags)
-            words = []
-            tags = []
-            continue
-        tag = fields[-1]
-        before = tags[-1] if tags else "O"
-        if tag.startswith("I-") and tag[2:] != before[2:]:
-            tag = "B-" + tag[2:]  # in IOB1 the first word of an entity may have I
-        known = tag in labels if labels else re.fullmatch("O|B-.+|I-.+", tag)
-        if not known or len(fields) < 2:
-            expected = f"expected a word first, and last {' or '.join(labels) or 'O, B-X or I-X'}"
-            raise UserError(f'{path}:{number}: "{fields[-1]}" is no tag; {expected}')
-        words.append(fields[0])
-        tags.append(tag)
+    labels = dict.fromkeys(labels)  # fast where they are many
+    sentences = sentences_in(path, data, options)
+    if "word_column" not in options:
+        refuse_numbers(sentences)
+    for sentence in sentences:
+        tags = ["O"]
+        for place, _, tag in sentence:
+            if tag not in labels:
+                check_tag(place, tag, labels)
+            if tag.startswith("I-") and tag[2:] != tags[-1][2:]:
+                tag = "B-" + tag[2:]  # in IOB1 the first word of an entity may have I
+            tags.append(tag)
+        texts.append([word for _, word, _ in sentence])
+        gold.append(tags[1:])
     return texts, gold
 
 
-def tags_in(path):
+def tags_in(path, options):
     """Return the tags of a file in the form of CoNLL-2003: "O", and B and I of each type."""
-    _, gold = read_conll(path, Path(path).read_bytes(), labels=())
-    return all_tags(tag[2:] for tag in chain(*gold))
+    _, gold = read_conll(path, Path(path).read_bytes(), (), options)
+    labels = all_tags(tag[2:] for tag in chain(*gold))
+    if len(labels) == 1:
+        hint = 'expected entities; "tag_column" in the task file says where tags are'
+        raise UserError(f"{path}: {len(gold):,} sentences, and no tag but O; {hint}")
+    return labels
 
 
 def all_tags(types):
@@ -169,26 +186,103 @@ def all_tags(types):
     return ("O", *chain(*pairs))
 
 
+def split_line(line):
+    """Return the columns of a line: between tabs if it holds one, else between spaces."""
+    if "\t" in line:
+        return [field.strip(" ") for field in line.split("\t")]
+    return [field for field in line.split(" ") if field] or [""]
+
+
+def line_of(columns):
+    """Return a line of which `split_line` gives these columns."""
+    separator = "\t" if " " in "".join(columns) else " "
+    return separator.join(columns) + "\n"
+
+
+def is_word(fields, tag, word_column):
+    """Does a line hold a word? See `read_conll` for those that do not."""
+    if TAG.fullmatch(tag):
+        return fields[0] != "#" or fields[2:3] != ["="]  # "# text = Vitamin O", as in CoNLL-U
+    several = word_column > 1 and re.fullmatch(r"\d+[-.]\d+", fields[0])
+    return not several and not fields[0].startswith("#")
+
+
+def sentences_in(path, data, options):
+    """Return the sentences of a file: lists of (place in the file, word, tag)."""
+    sentences = [[]]
+    word_column = options.get("word_column", 1)
+    where = f"column {options['tag_column']}" if "tag_column" in options else "the last column"
+    expected = f"expected a word in column {word_column}, and its tag in {where}"
+    # not splitlines(), because a form feed and U+2028 are text
+    for number, line in enumerate(re.split("\r{0,2}\n|\r", decode(path, data)), 1):
+        fields = split_line(line)
+        tag_column = options.get("tag_column", len(fields))
+        word, tag = ["".join(fields[i - 1 : i]) for i in (word_column, tag_column)]
+        if word_column == tag_column:
+            word, tag = ("", tag) if TAG.fullmatch(tag) else (word, "")  # it cannot be both
+        if not any(fields) or "-DOCSTART-" in fields[:word_column]:
+            sentences.append([])
+        elif is_word(fields, tag, word_column):
+            if not word or not tag:
+                lacks = "tag" if word else "word"
+                raise UserError(f"{path}:{number}: no {lacks} in {quote(line)}; {expected}")
+            sentences[-1].append((f"{path}:{number}", word, tag))
+    return [sentence for sentence in sentences if sentence]
+
+
+def refuse_numbers(sentences):
+    """Raise UserError if the words of each sentence are 1, 2, 3 and so on, or 0, 1, 2."""
+    for sentence in sentences:
+        words = [word for _, word, _ in sentence if not re.fullmatch(r"\d+[-.]\d+", word)]
+        numbers = [str(number) for number in range(len(words) + 1)]
+        if words not in (numbers[1:], numbers[:-1]):
+            return
+    if any(len(sentence) > 1 for sentence in sentences):
+        place = sentences[0][0][0]
+        hint = 'give "word_column" in the task file (1, if these are the words)'
+        raise UserError(f"{place}: the first column counts 1, 2, 3 in each sentence; {hint}")
+
+
+def check_tag(place, tag, labels):
+    """Raise UserError for a tag in another scheme and, if there are `labels`, for any other tag."""
+    if not TAG.fullmatch(tag):
+        schemes = "IOB1 and BIO2, which have O, B-X and I-X"
+        hint = 'change the tags, or give "tag_column" in the task file'
+        raise UserError(f"{place}: {quote(tag)} is no tag of {schemes}; {hint}")
+    if labels:
+        known = textwrap.shorten(" or ".join(labels), 200, placeholder=" ...")
+        source = 'those of "labels" in the task file, or without it of the training file'
+        raise UserError(f"{place}: unknown tag {quote(tag)}; expected {known}, {source}")
+
+
 # ---------- words and tokens ----------------------------------------------------------------------
+
+
+def for_words(tokenizer):
+    """Return a copy of a tokenizer that reads single words as it reads them in a text."""
+    tokenizer = copy_of(tokenizer)
+    if isinstance(tokenizer.pre_tokenizer, ByteLevel):
+        tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)  # a space belongs to its word
+    return tokenizer
 
 
 def encode_words(texts, gold, labels, tokenizer, max_length):
     """Return the arrays of sentences that are lists of words. Of a long one the end is cut.
 
     Besides `flat`: "places" (tokens,), which word begins at a token, or -1; "labels" (tokens,), a
-    class at the first token of a word, else IGNORED.
+    class at the first token of a word, else IGNORED. It is IGNORED, too, if the tags are None.
     """
-    tokenizer = copy_of(tokenizer)
+    tokenizer = for_words(tokenizer)
     tokenizer.enable_truncation(max_length)
-    if isinstance(tokenizer.pre_tokenizer, ByteLevel):
-        tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)  # each word has its space
+    class_of = {label: number for number, label in enumerate(labels)} | {None: IGNORED}
     rows = []
     for words, tags in zip(texts, gold):
         encoding = tokenizer.encode(words, is_pretokenized=True)
         places = np.array([-1 if word is None else word for word in encoding.word_ids], np.int32)
         places[1:][places[1:] == places[:-1]] = -1  # only the first token of a word counts
-        classes = np.array([labels.index(tag) for tag in tags])
-        rows.append((encoding.ids, places, np.where(places < 0, IGNORED, classes[places])))
+        classes = [class_of[tag] for tag in tags or [None] * len(words)]
+        classes.append(IGNORED)  # of the place -1
+        rows.append((encoding.ids, places, np.array(classes)[places]))
     ids, places, classes = zip(*rows)
     more = {"places": np.concatenate(places), "labels": np.concatenate(classes)}
     return flat(ids, [len(row) for row in ids]) | more

@@ -23,14 +23,21 @@ def read_task_file(path):
     Paths are relative to the JSON file. "test" may name a third file. "metric" may be a list, and
     the first one selects the best checkpoint. "words" are the label words, which SMP needs.
     "kind" says what the files are, and which other keys there are:
-    - "classify" (default): TSVs with a header line. "columns" are one or two columns of text,
-      "label" is the column of labels, and "labels" are the strings in it.
-    - "score": the same, with "range": [0, 5] in place of "labels". Its two words are for the low
-      end and for the high end.
+    - "classify" (default): TSVs with a header line, .csv (RFC 4180) or .jsonl (an object on each
+      line). "columns" are one or two columns of text, "label" is the column of labels, and "labels"
+      are the strings or whole numbers in it. "quoted": true reads a TSV whose fields are quoted, as
+      pandas writes it. The metric "f1" is F1 of the second label, and of another one with
+      "positive": LABEL; "macro_f1" is the mean of F1 over all labels.
+      "class_weights": "balanced" weighs the losses of rare labels more.
+    - "score": the same files, with "range": [0, 5] in place of "labels". Its two words are for the
+      low end and for the high end.
     - "span": JSON files in the form of SQuAD v1.1. Its two words are for the start and the end.
+      "longest_answer": N predicts answers of up to N tokens, not 30. "skip_misplaced": true leaves
+      out the questions of the training file whose answer is not at its place.
     - "tag": files in the form of CoNLL-2003. "labels" are "O" and the tags in BIO2. Without this
-      key they are those of the training file.
-    Raises UserError with the key that is wrong.
+      key they are those of the training file. "word_column" and "tag_column", counted from 1, are
+      the first and the last column if they are not given. "class_weights" is as above.
+    A name that ends in .gz is unpacked. Raises UserError with the key that is wrong.
     """
     row = read_json(path)
 
@@ -48,8 +55,8 @@ def read_task_file(path):
     values["files"] = {split: str(folder / values[split][0]) for split in SPLITS if split in values}
     known = set(values["metric"]) <= set(kind.metrics)
     expect(known, "metric", f"some of {', '.join(kind.metrics)}")
-    own = kind.describe(values, expect)
     options = options_in(row, kind, expect)
+    own = kind.describe(values | options, expect)
     words = tuple(values.get("words", ()))
     count = len(own["labels"]) or 2
     expect(len(words) in (count, 0), "words", f"{count} different strings")
@@ -87,7 +94,7 @@ def strings_in(row, kind, path, expect):
         least, most = counts[key]
         distinct = {text for text in found if isinstance(text, str) and text.strip("\0")}
         valid = len(distinct) == len(found) and least <= len(found) <= most
-        several = f"{least} to {most} different strings"
+        several = f"{least} to {most:,} different strings"
         expect(valid, key, several if most > 1 else "a string, not empty")
     return values
 

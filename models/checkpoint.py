@@ -1,6 +1,7 @@
 """Checkpoints in Hugging Face's layout, in and out, and other files of tensors."""
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -9,12 +10,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 
-from model import Bert
+from model import BY_TANH, EXACT, Bert
 from models.roberta import Roberta
 from prune import masked_linears
 from support.fetch import model_files
 from support.files import atomic_write, read_json, sha256_of, write_json
-from support.terminal import UserError
+from support.terminal import UserError, quote, tell
 
 # The class of each "model_type" of config.json.
 ARCHITECTURES = {"bert": Bert, "roberta": Roberta}
@@ -60,7 +61,7 @@ def model_sha256(folder):
 # What the keys of config.json may be, the value first that they have if they are not there.
 SUPPORTED = {
     "model_type": tuple(ARCHITECTURES),
-    "hidden_act": ("gelu",),
+    "hidden_act": (*EXACT, *BY_TANH),
     "position_embedding_type": ("absolute",),
     "is_decoder": (False,),
 }
@@ -80,8 +81,13 @@ def read_config(folder):
             raise UserError(f"{path}: {key} is {found!r}; expected {expected}")
     Model = ARCHITECTURES[raw.get("model_type", "bert")]
     values = {}
+    if raw.get("pad_token_id") is None:
+        raw.pop("pad_token_id", None)
     for field in fields(Model.Config):
         value = raw.get(field.name, field.default)
+        if field.type is str:  # one of SUPPORTED
+            values[field.name] = value
+            continue
         most = 1 if field.name.endswith("prob") else 10**9
         if type(value) not in (int, field.type) or not 0 <= value <= most:
             expected = f"expected {field.type.__name__} from 0 to {most:,}"
@@ -94,6 +100,9 @@ def read_config(folder):
         heads = f"{config.num_attention_heads} attention heads"
         raise UserError(f"{path}: hidden_size {config.hidden_size} is not a multiple of {heads}")
     return Model, config
+
+
+DECODER = "cls.predictions.decoder.weight"
 
 
 def read_checkpoint(folder):
@@ -112,11 +121,10 @@ def read_checkpoint(folder):
             if name.startswith(("embeddings.", "encoder.", "pooler.")):  # from a bare BertModel
                 name = f"{Model.hub_prefix}.{name}"
             tensors[our_name(name, Model.hub_names)] = tensor.float()
-    decoder = tensors.pop("cls.predictions.decoder.weight", None)
+    decoder = tensors.get(DECODER)
     embedding = tensors.get("bert.embeddings.word_embeddings.weight")
-    if decoder is not None and embedding is not None and not torch.equal(decoder, embedding):
-        message = "cls.predictions.decoder.weight differs from the word embeddings, it is not tied"
-        raise UserError(f"{folder}: {message}")
+    if decoder is not None and embedding is not None and torch.equal(decoder, embedding):
+        del tensors[DECODER]  # it is tied, as in our models
     bias = tensors.pop("cls.predictions.decoder.bias", None)  # the same as cls.predictions.bias
     if bias is not None:
         tensors.setdefault("cls.predictions.bias", bias)
@@ -130,20 +138,30 @@ def our_name(name, hub_names):
     return name
 
 
-# What a checkpoint may hold that the model does not have ...
+# What a checkpoint often holds that the model does not have. The rest is named.
 MAY_BE_EXTRA = ("bert.pooler.", "cls.", "classifier.", "qa_outputs.")
-# ... and what it may lack when the model gets a new output head.
+# What it may lack when the model gets a new output head.
 MAY_BE_ABSENT = ("bert.pooler.", "classifier.", "qa_outputs.")
 
 
 def load_model(
-    folder, output_head, outputs=0, words=(), seed=0, dropout=None, new_head=True, form="pooled"
+    folder,
+    output_head,
+    outputs=0,
+    words=(),
+    seed=0,
+    dropout=None,
+    new_head=True,
+    form="pooled",
+    labels=(),
 ):
     """Return a model in float32 with the weights in `folder`, and an output head of this `form`.
 
-    A new output head is drawn from N(0, 0.02) with `seed`. With `new_head=False` (a finished run)
-    nothing may be absent. Raises UserError that names the tensors which are missing, left over or
-    of another shape.
+    `labels` are the names of the outputs, in order. The output head of the folder is taken where it
+    is for these labels, see `arrange_head`. Else a new one is drawn from N(0, 0.02) with `seed`.
+    With `new_head=False` nothing may be absent; without `labels` the outputs are in the order that
+    the model needs (a finished run). Raises UserError that names the tensors which are missing,
+    left over or of another shape.
     """
     Model, config = read_config(folder)
     if not all(0 <= word < config.vocab_size for word in words):
@@ -153,6 +171,12 @@ def load_model(
         config.attention_probs_dropout_prob = dropout
     tensors = read_checkpoint(folder)
     mlm = output_head == "words" and holds(tensors, "cls.predictions.")
+    if mlm and DECODER in tensors:
+        expected = "the word embeddings, to which the MLM head is tied"
+        raise UserError(f"{folder}: {DECODER} differs from {expected}; label words cannot use it")
+    if output_head == "classifier" and labels:
+        name, _ = Model.heads[form]
+        arrange_head(folder, tensors, name, labels, new_head)
     # BertForMaskedLM has no pooler, and heads of every token read none
     pooler = not mlm and form == "pooled" and holds(tensors, "bert.pooler.")
     with torch.device("meta"):  # only shapes: the values come from the file
@@ -178,10 +202,57 @@ def holds(tensors, prefix):
     return any(name.startswith(prefix) for name in tensors)
 
 
+def arrange_head(folder, tensors, name, labels, new_head):
+    """Put the rows of the output head `name` into the order of `labels`, or remove the head.
+
+    It stays where config.json names these labels, in whatever order and case. Else a line says so
+    or, where there may be no new head, a UserError.
+    """
+    found = [n for n in tensors if n in (f"{name}.weight", f"{name}.bias")]
+    if not found:
+        return
+    theirs = label_names(folder, name)
+    if len(labels) == 1 and theirs == [] and not new_head:
+        theirs = list(labels)  # a single value has no order
+    places = {label.casefold(): row for row, label in enumerate(theirs)}
+    wanted = [label.casefold() for label in labels]
+    rows = {len(tensors[n]) for n in found}
+    if places.keys() == set(wanted) and rows == {len(labels)} == {len(theirs)}:
+        order = [places[label] for label in wanted]
+        for n in found:
+            tensors[n] = tensors[n][order]
+        return
+    whose = quote(", ".join(theirs)) if theirs else f"{max(rows)} labels without names"
+    if not new_head:
+        raise UserError(f"{folder}: its output head is for {whose}, not {', '.join(labels)}")
+    for n in found:
+        del tensors[n]
+    tell(f"{folder}: its output head is for {whose}; a new one is drawn")
+
+
+def label_names(folder, name):
+    """Return the labels of the rows of the output head `name`; [] where they have no names."""
+    names = read_json(Path(folder) / "config.json").get("id2label") or {}
+    try:
+        names = [str(names[number]) for number in sorted(names, key=int)]
+    except (TypeError, ValueError):
+        return []
+    if all(re.fullmatch(r"LABEL_\d+", text) for text in names):
+        return ["start", "end"] if name == "qa_outputs" else []  # which its class says
+    return names
+
+
 def check_tensors(folder, tensors, shapes, may_be_absent):
-    """Raise UserError unless `tensors` fit the model's `shapes` {name: shape}."""
+    """Raise UserError unless `tensors` fit the model's `shapes` {name: shape}.
+
+    A line names those outside the encoder that the model does not have.
+    """
     absent = [n for n in shapes if n not in tensors and not n.startswith(may_be_absent)]
-    extra = [n for n in tensors if n not in shapes and not n.startswith(MAY_BE_EXTRA)]
+    left = [n for n in tensors if n not in shapes and not n.startswith(MAY_BE_EXTRA)]
+    extra = [n for n in left if n.startswith("bert.")]  # a model that computes something else
+    left = [n for n in tensors if n == DECODER or (n in left and n not in extra)]
+    if left:
+        tell(f"{folder}: not used: {quote(', '.join(left))}")
     problems = []
     if absent:
         problems.append(f"missing {', '.join(absent[:8])}")
@@ -195,9 +266,6 @@ def check_tensors(folder, tensors, shapes, may_be_absent):
 
 
 # ---------- writing a checkpoint ------------------------------------------------------------------
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-TOKENIZER_FILES += ("vocab.txt", "vocab.json", "merges.txt")
 
 
 @torch.no_grad()
@@ -226,17 +294,16 @@ def from_config_values(values):
     return Model, Model.Config(**values)
 
 
-def save_model(folder, model, state, source, labels, hub_class=None):
-    """Write a folder that transformers loads. Each file is replaced atomically.
+def save_model(folder, model, state, labels, hub_class=None):
+    """Write a folder that transformers loads, but for the tokenizer (see `save_tokenizer`).
 
-    `state`: {name: tensor} under our names. `source`: the folder the model came from, whose
-    tokenizer files go along. `labels`: the names of the classes, in order. `hub_class`: the class
-    of transformers, if it is not the one that fits the output head.
+    Each file is replaced atomically. `state`: {name: tensor} under our names. `labels`: the names
+    of the classes, in order. `hub_class`: the class of transformers, if it is not the one that fits
+    the output head.
     """
     folder = Path(folder)
     config = {
         "architectures": [hub_class or model.hub_class],
-        "hidden_act": "gelu",
         **config_values(model),
         "position_embedding_type": "absolute",
     }
@@ -248,8 +315,3 @@ def save_model(folder, model, state, source, labels, hub_class=None):
         config["label2id"] = {label: i for i, label in enumerate(labels)}
     save_tensors(folder / "model.safetensors", model.to_hub(state), format="pt")
     write_json(folder / "config.json", config)
-    if Path(source).resolve() != folder.resolve():
-        for name in TOKENIZER_FILES:
-            path = Path(source) / name
-            if path.exists():
-                atomic_write(folder / name, path.read_bytes())

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from model import gelu
 from support.matrices import encoder_linears
 
 
@@ -24,7 +25,7 @@ def linear_of(weight, bias):
     return linear.requires_grad_(False)
 
 
-def compact_feed_forward(up, down):
+def compact_feed_forward(up, down, hidden_act):
     """Return (U, D) without the units that are constant or unread.
 
     A unit with an empty row of U is constant: it is GELU of its bias, which goes into the bias of
@@ -33,7 +34,7 @@ def compact_feed_forward(up, down):
     weight = down.weight.double()  # (C, F)
     constant = ~up.weight.any(1)  # (F,)
     unread = ~down.weight.any(0)  # (F,)
-    values = F.gelu(up.bias.double()[constant])
+    values = gelu(up.bias.double()[constant], hidden_act)
     bias = down.bias.double() + weight[:, constant] @ values  # (C, n) x (n,) -> (C,)
     keep = ~constant & ~unread
     return linear_of(up.weight[keep], up.bias[keep]), linear_of(weight[:, keep], bias)
@@ -165,7 +166,8 @@ def compact(model, uniform=False, drop_rows=0):
         linear.weight[thin] = 0.0
     sizes = []
     for layer in model.layers:
-        up, down = compact_feed_forward(layer.intermediate["dense"], layer.output.dense)
+        up = layer.intermediate["dense"]
+        up, down = compact_feed_forward(up, layer.output.dense, layer.hidden_act)
         layer.intermediate["dense"] = up
         layer.output.dense = down
         heads = ([], [])  # the query and the value dimensions of each head; uniform: not said

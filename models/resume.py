@@ -2,12 +2,13 @@
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 
 from models.checkpoint import parse_safetensors, save_tensors
-from support.terminal import UserError
+from models.runs import read_run_config
+from support.terminal import UserError, as_flag
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Progress:
     loss_sum: float = 0.0  # since the last log line
     loss_steps: int = 0  # in this sum
     scaler: dict = None  # the state of fp16's GradScaler
+    since_best: int = 0  # evaluations at the final density since the best one
 
 
 def remembered(run):
@@ -77,3 +79,25 @@ def load_progress(run, data, path):
     run.progress = Progress(**json.loads(header["progress"]))
     run.scaler.load_state_dict(run.progress.scaler)
     run.teacher.load(run)
+
+
+# Where something lies may be another place than before, see `check_resumed`.
+MAY_CHANGE = ("resume", "out", "device", "data_dir", "model", "task_file", "from_run")
+
+
+def resumed(given, out, Settings):
+    """Return {setting: value} of the run in `out`, which goes on.
+
+    Raises UserError where a flag in `given` contradicts them.
+    """
+    path = out / "config.json"
+    config = read_run_config(out)
+    saved = {"patience": 0} | config["settings"]  # older runs do not say it
+    if saved.keys() != {f.name for f in fields(Settings)}:
+        raise UserError(f"{path}: not the settings of a run of this version of train.py")
+    for name, value in given.items():
+        if name not in MAY_CHANGE and value != saved[name]:
+            raise UserError(f"{as_flag(name)} {value}: {path} was started with {saved[name]}")
+    if saved["task_file"] and (out / "task.json").is_file():
+        saved["task_file"] = str(out / "task.json")
+    return saved | given | {"out": str(out), "dtype": config["dtype"]}  # no "auto"

@@ -1,12 +1,8 @@
-"""RoBERTa (Liu et al. 2019, arXiv 1907.11692): BERT with other names, positions and tokens."""
+"""RoBERTa (Liu et al. 2019, arXiv 1907.11692): BERT with other names and positions."""
 
-from pathlib import Path
+from dataclasses import dataclass
 
-from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.processors import RobertaProcessing
-
-from model import Bert, BertConfig
+from model import Bert, BertConfig, Embeddings
 
 # RoBERTa's names, and ours, which are BERT's. RoBERTa's own pooler is not used.
 NAMES = {
@@ -20,18 +16,35 @@ NAMES = {
 }
 
 
+@dataclass
 class RobertaConfig(BertConfig):
-    """The same keys as BERT's."""
+    """The same keys as BERT's, with the defaults that `transformers` has for RoBERTa."""
+
+    vocab_size: int = 50265
+    pad_token_id: int = 1
 
     @property
-    def first_position(self):
-        return self.pad_token_id + 1  # positions count from the padding id + 1
+    def head_act(self):
+        return "gelu"
+
+    @property
+    def positions(self):
+        return self.max_position_embeddings - self.pad_token_id - 1
+
+
+class RobertaEmbeddings(Embeddings):
+    """Positions count from the padding id + 1, and padding that a text itself holds has none."""
+
+    def positions(self, input_ids):
+        is_text = input_ids != self.pad_token_id  # (B, T)
+        return self.position_embeddings(is_text.cumsum(1) * is_text + self.pad_token_id)
 
 
 class Roberta(Bert):
     """The encoder with an output head, see `Bert`."""
 
     Config = RobertaConfig
+    Embeddings = RobertaEmbeddings
     heads = {
         form: (name, hub_class.replace("Bert", "Roberta"))
         for form, (name, hub_class) in Bert.heads.items()
@@ -55,24 +68,3 @@ class Roberta(Bert):
                     break
             renamed[name] = tensor
         return renamed
-
-
-def build_tokenizer(path):
-    """Return RoBERTa's tokenizer from vocab.json and the merges.txt beside it."""
-    merges = str(Path(path).with_name("merges.txt"))
-    tokenizer = ByteLevelBPETokenizer.from_file(path, merges, trim_offsets=True)
-    first, last = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
-    tokenizer.post_processor = RobertaProcessing(last, first, add_prefix_space=False)
-    mask = AddedToken("<mask>", lstrip=True)
-    tokenizer.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", mask])
-    return Tokenizer.from_str(tokenizer.to_str())
-
-
-def spell_word(tokenizer, word):
-    """Return a label word as it stands in a text, if the tokenizer works on bytes, as RoBERTa's.
-
-    A space belongs to the word after it, and three words have a capital (SMP, released code).
-    """
-    if not isinstance(tokenizer.pre_tokenizer, ByteLevel):
-        return word
-    return " " + (word.capitalize() if word in ("yes", "no", "maybe") else word)

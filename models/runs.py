@@ -1,25 +1,35 @@
 """Run folders: what config.json of a run says, and its model."""
 
-from dataclasses import asdict
+import json
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from data import get_task, kind_of
-from models.checkpoint import baked_state, load_model, model_sha256, read_safetensors
+from data import Task, get_task, kind_of, read_split
+from models.checkpoint import baked_state, load_model, model_sha256, read_config, read_safetensors
 from models.checkpoint import save_model, save_tensors
-from models.tokenizer import load_tokenizer
+from models.tokenizer import load_tokenizer, save_tokenizer
 from prune import METHODS
-from support.files import read_json
+from support.fetch import find_model, locate
+from support.files import read_json, sha256_of, write_json
 from support.machine import peak_memory, surroundings
-from support.terminal import UserError
+from support.matrices import encoder_linears
+from support.terminal import UserError, quote, tell
+
+# ---------- what a run writes ---------------------------------------------------------------------
 
 
 def describe(run):
     """Return what config.json of a run folder holds."""
     trained = [name for name, p in run.model.named_parameters() if p.requires_grad]
+    began = began_with(run)
     return {
         "settings": asdict(run.settings),
+        "began_with": began,
         "labels": list(run.task.labels),
         "kind": run.task.kind,
         "outputs": run.model.outputs,
@@ -27,12 +37,49 @@ def describe(run):
         "words": run.words,
         "only_scores": all(name.endswith(".scores") for name in trained),
         "command": run.command,
-        "model_sha256": model_sha256(run.source),
+        "model_sha256": began["sha256_of_model"],
+        "source": str(Path(run.source).resolve()),
         "dtype": run.dtype,
         "device": str(run.device),
         "world_size": run.world,
         **surroundings(),
     }
+
+
+def began_with(run):
+    """Return {name: value} of all, besides the settings, on which the steps of a run depend."""
+    s = run.settings
+    found = {"sha256_of_model": model_sha256(run.source)}
+    if s.from_run:
+        folder = Path(s.from_run, "model") if is_run(s.from_run) else s.from_run
+        found["sha256_of_from"] = model_sha256(folder)
+    for split in ("train", *run.task.eval_splits):
+        found[f"sha256_of_{split}"] = sha256_of(locate(run.task, split, s.data_dir))
+    for name, value in asdict(run.task).items():
+        if name not in ("files", "folder"):  # a file may be moved
+            found[f"task_{name}"] = value
+    return json.loads(json.dumps(found))
+
+
+def check_resumed(run):
+    """Raise UserError where a run would go on with another model, other data or another task."""
+    config = read_run_config(run.out)
+    then = {"sha256_of_model": config["model_sha256"]} | config.get("began_with", {})
+    for name, value in began_with(run).items():
+        if then.get(name, value) != value:
+            told = f"{name} is {quote(value)}, but was {quote(then[name])}"
+            advice = "give back what it was, or start a new run"
+            raise UserError(f"--resume: {run.out} began with something else: {told}; {advice}")
+
+
+def write_task(run):
+    """Write task.json, by which the run folder describes a task of your own without other files."""
+    path = run.settings.task_file
+    if path and run.rank == 0:
+        row = read_json(path) | run.task.files  # whole paths
+        if "labels" in run.kind.keys:  # which may have come from the training file
+            row["labels"] = list(run.task.labels)
+        write_json(run.out / "task.json", row)
 
 
 def describe_result(run):
@@ -47,10 +94,10 @@ def describe_result(run):
         "metrics": run.progress.metrics,
         "best": run.progress.best,
         "seed": s.seed,
-        "steps": run.total_steps,
-        "epochs": round(run.total_steps / run.steps_per_epoch, 3),
+        "steps": run.progress.step,
+        "epochs": round(run.progress.step / run.steps_per_epoch, 3),
         "train_seconds": round(run.progress.seconds, 2),
-        "examples_per_second": round(run.speed(run.total_steps), 2),
+        "examples_per_second": round(run.speed(run.progress.step), 2),
         "peak_memory_bytes": peak_memory(run.device),
         "command": run.command,
     }
@@ -60,7 +107,8 @@ def write_model(run, name):
     """Write the model with its masks applied into the folder `name` of the run."""
     if run.rank == 0:
         state = baked_state(run.model)
-        save_model(run.out / name, run.model, state, run.source, run.task.labels)
+        save_model(run.out / name, run.model, state, run.task.labels)
+        save_tokenizer(run.out / name, run.kind.tokenizer(run.tokenizer), run.model.config)
 
 
 def write_scores(run, folder):
@@ -68,6 +116,9 @@ def write_scores(run, folder):
     tensors = run.method.tensors()
     if tensors and run.rank == 0:
         save_tensors(folder / "scores.safetensors", tensors, format="pt")
+
+
+# ---------- to read a run -------------------------------------------------------------------------
 
 
 def read_run_config(run):
@@ -87,6 +138,16 @@ def output_head_of(config):
         return METHODS[method].output_head
     head = config.get("output_head")
     return head if head in ("classifier", "words") else None
+
+
+def source_of(s):
+    """Return the folder of the model that a run begins with. The run that is resumed knows it."""
+    path = Path(s.out, "config.json")
+    if s.resume and path.is_file() and not Path(s.model).is_dir():
+        folder = read_json(path).get("source", "")  # the current folder may be another now
+        if Path(folder).is_dir():
+            return Path(folder)
+    return find_model(s.model)
 
 
 def load_run(run, which="model"):
@@ -116,13 +177,14 @@ def load_run(run, which="model"):
 
 
 def trained_on(path, about):
-    """Return the task that `about` describes by its "task", "task_file" and "labels".
+    """Return the task that `about` describes, which is what `path` says of its training.
 
-    `about` is what `path` says of its training. Raises UserError where the task file, which may
-    have changed since, describes another task or other labels.
+    A task of your own is described by task.json in the folder `path`. Older folders have only the
+    name of the task file. Raises UserError where this now describes another task or other labels.
     """
-    name = None if about["task_file"] else about["task"]
-    task = get_task(name, about["task_file"])
+    whole = Path(path) / "task.json"
+    task_file = whole if whole.is_file() else about["task_file"]
+    task = get_task(None if task_file else about["task"], task_file)
     kind = about.get("kind", task.kind)  # older runs do not say it
     then = f"{about['task']} ({kind}) with labels {about['labels']}"
     if then != described(task):
@@ -135,29 +197,107 @@ def described(task):
     return f"{task.name} ({task.kind}) with labels {list(task.labels)}"
 
 
-def read_origin(s, source):
-    """Return (model, task, tokenizer, settings) of the run to start from.
+# ---------- to begin from a finished run, or from a folder in Hugging Face's layout ---------------
 
-    Raises UserError where it is not finished, or of another model or method.
-    """
-    origin = load_run(s.from_run)
-    theirs = origin[-1]
-    if theirs["model_sha256"] != model_sha256(source):
-        raise UserError(f"--from {s.from_run}: began with another model than {s.model}")
-    if theirs["method"] != s.method and METHODS[s.method].output_head is not None:
-        expected = f"expected {s.method}, or fixed"
-        raise UserError(f"--from {s.from_run}: a {theirs['method']} run; {expected}")
-    return origin
+
+@dataclass
+class Origin:
+    """What a run starts from, see --from."""
+
+    model: torch.nn.Module
+    task: Task
+    density: float  # of its encoder
+    checkpoint: Path | None  # with scores, and weights under no mask; None: the model is all
+
+
+def read_origin(run):
+    """Return the Origin of a run; UserError where it is not finished, or does not fit the run."""
+    s = run.settings
+    place = f"--from {s.from_run}"
+    needs = METHODS[s.method].output_head
+    if not is_run(s.from_run):
+        if needs is not None:
+            raise UserError(f"{place}: not a run; {s.method} goes on from its own runs alone")
+        model, tokenizer = load_folder(s.from_run, run.task, s.seed)
+        check_vocabulary(place, tokenizer, run)
+        if vars(model.config) | DROPOUT != vars(read_config(run.source)[1]) | DROPOUT:
+            raise UserError(f"{place}: its model has other sizes than {s.model}")
+        return Origin(model, run.task, density_of(model), None)
+    model, task, _, theirs = load_run(s.from_run)
+    if theirs["model_sha256"] != model_sha256(run.source):
+        raise UserError(f"{place}: began with another model than {s.model}")
+    if theirs["method"] != s.method and needs is not None:
+        raise UserError(f"{place}: a {theirs['method']} run; expected {s.method}, or fixed")
+    density = read_json(Path(s.from_run, "result.json"))["achieved_density"]
+    return Origin(model, task, density, Path(s.from_run, "checkpoint.safetensors"))
+
+
+# What may differ between a model and its origin.
+DROPOUT = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"))
+
+
+def density_of(model):
+    """Return the fraction of the weights of the encoder's matrices that are not 0."""
+    weights = [linear.weight for linear in encoder_linears(model)]
+    return sum(int(w.count_nonzero()) for w in weights) / sum(w.numel() for w in weights)
 
 
 def begin_from(run, origin):
-    """Give a run what a finished one has learned, but not its output head for other labels."""
-    model, task, _, _ = origin
-    tensors = model.state_dict()
-    if run.method.masks:
-        tensors |= read_safetensors(Path(run.settings.from_run, "checkpoint.safetensors"))[0]
-    same = described(task) == described(run.task)
+    """Give a run what its origin has learned, but not its output head for other labels."""
+    tensors = origin.model.state_dict()
+    if run.method.masks and origin.checkpoint:
+        tensors |= read_safetensors(origin.checkpoint)[0]
+    same = described(origin.task) == described(run.task)
     with torch.no_grad():
         for name, p in run.model.named_parameters():
             if name in tensors and (same or not name.startswith(run.model.head_name)):
                 p.copy_(tensors[name])
+
+
+def is_run(folder):
+    """Is this the folder of a run? Else it may be a model in Hugging Face's layout."""
+    path = Path(folder) / "config.json"
+    return "settings" in read_json(path) or "model_type" not in read_json(path)
+
+
+def load_folder(folder, task, seed=None):
+    """Return (model, tokenizer) of a fine-tuned model in Hugging Face's layout.
+
+    Its output head is put into the order of the task's labels. Where it is for other labels, a new
+    one is drawn with `seed`; without a seed that is a UserError.
+    """
+    _, config = read_config(folder)
+    kind = kind_of(task)
+    options = {"seed": seed or 0, "new_head": seed is not None, "form": kind.form}
+    options |= {"outputs": len(kind.outputs), "labels": kind.outputs}
+    model = load_model(folder, "classifier", **options)
+    return model, load_tokenizer(folder, config.vocab_size)
+
+
+def check_vocabulary(place, tokenizer, run):
+    """Raise UserError unless a tokenizer has the tokens of the run's own."""
+    if tokenizer.get_vocab() != run.tokenizer.get_vocab():
+        raise UserError(f"{place}: its vocabulary differs from that of {run.settings.model}")
+
+
+# ---------- a warning -----------------------------------------------------------------------------
+
+
+def warn_of_unknown(run):
+    """Say where more than a fifth of the training tokens are unknown to the tokenizer."""
+    unknown = run.tokenizer.token_to_id(run.tokenizer.model.unk_token or "")
+    share = float(np.mean(run.train_set.ids == unknown))
+    if share <= 0.2:
+        return
+    path = locate(run.task, "train", run.settings.data_dir)
+    texts, _ = read_split(run.task, "train", path, path.read_bytes())
+    found = Counter()
+    for text in texts[:1000]:
+        for part in [text] if isinstance(text, str) else text:
+            encoding = run.tokenizer.encode(part, add_special_tokens=False)
+            spans = zip(encoding.ids, encoding.offsets)
+            found.update(part[a:b] for token, (a, b) in spans if token == unknown)
+    most = quote(" ".join(text for text, _ in found.most_common(10)))
+    name = run.tokenizer.id_to_token(unknown)
+    told = f"{share:.1%} of the training tokens are {name}, most often {most}"
+    tell(f"warning: {told}; {run.settings.model} does not know this language", sys.stderr)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model import gelu
 from models.compaction import compact
 from support.matrices import encoder_linears
 
@@ -45,6 +46,7 @@ class SparseLayer(nn.Module):
         self.attention = layer.attention
         self.intermediate = layer.intermediate
         self.output = layer.output
+        self.hidden_act = layer.hidden_act
 
     def split_heads(self, x):
         """Return (B, H, T, D) from (C, B, T), contiguous because the fast kernel needs that."""
@@ -61,7 +63,8 @@ class SparseLayer(nn.Module):
         mixed = mixed.permute(1, 3, 0, 2).flatten(0, 1)  # (B, H, R, D) -> (C, B, R)
         output = self.attention["output"]
         readers = normalise(readers + product(output.dense, mixed), output.LayerNorm)
-        units = F.gelu(product(self.intermediate["dense"], readers))  # (F, B, R)
+        units = product(self.intermediate["dense"], readers)  # (F, B, R)
+        units = gelu(units, self.hidden_act)
         return normalise(readers + product(self.output.dense, units), self.output.LayerNorm)
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import save as to_safetensors
 
 from models.checkpoint import parse_safetensors
-from models.runs import described, load_run
+from models.runs import check_vocabulary, described, is_run, load_folder, load_run
 from support.files import atomic_write
 from support.machine import from_rank_0
 from support.terminal import UserError, show, tell
@@ -48,7 +48,8 @@ def self_distill(losses, student, teacher, most_entropy=None):
 class Teacher:
     """None, a dense run, this run's own best checkpoint so far ("self"), or both in turn.
 
-    "self:RUN" is a dense run until a checkpoint is better.
+    "self:RUN" is a dense run until a checkpoint is better. In place of the run there may be a
+    fine-tuned model in Hugging Face's layout.
 
     `table` is what the teacher says of the training set: what `teach` of the task's kind returns.
     It depends on nothing but teacher and example, and is computed once per teacher. None: there is
@@ -61,19 +62,24 @@ class Teacher:
         self.table = None
 
     def load_run(self, run):
-        """Let the dense run teach. Raises UserError where its task, labels or tokenizer differ."""
+        """Let the dense run teach. Raises UserError where its labels or its tokens differ."""
         name = f"--teacher {self.dense_run}"
-        model, task, tokenizer, settings = load_run(self.dense_run)
-        if settings["method"] != "dense":
-            raise UserError(f"{name}: a {settings['method']} run; expected a dense one")
-        theirs, ours = described(task), described(run.task)
-        if theirs != ours:
-            raise UserError(f"{name}: trained on {theirs}; this run is on {ours}")
-        if tokenizer.to_str() != run.tokenizer.to_str():
-            raise UserError(f"{name}: its tokenizer differs from that of {run.settings.model}")
+        if is_run(self.dense_run):
+            model, task, tokenizer, settings = load_run(self.dense_run)
+            if settings["method"] != "dense":
+                raise UserError(f"{name}: a {settings['method']} run; expected a dense one")
+            theirs, ours = described(task), described(run.task)
+            if theirs != ours:
+                raise UserError(f"{name}: trained on {theirs}; this run is on {ours}")
+        else:
+            model, tokenizer = load_folder(self.dense_run, run.task)
+        check_vocabulary(name, tokenizer, run)
+        positions = model.config.positions
+        if run.settings.max_length > positions:
+            raise UserError(f"{name}: has {positions} positions, but --max-length is larger")
         metrics = run.measure(model.to(run.device), run.held_out or run.dev_sets)
         tell(f"teacher {self.dense_run}: {show(metrics)}")
-        self.take_over(run, model, metrics[task.metrics[0]])
+        self.take_over(run, model, metrics[run.task.metrics[0]])
 
     def consider(self, run, step, metrics):
         """Let the student of this step take over as teacher if it is better than the present one.

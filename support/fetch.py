@@ -30,12 +30,16 @@ def locate(task, split, data_dir):
     data_dir = Path(data_dir)
     spare = cache_home() / task.sources[0][1][:16] if task.sources else data_dir
     folders = (data_dir, data_dir / task.folder, spare)
-    for file in (name, *dict(task.other_names).get(split, ())):
+    names = [name, *dict(task.other_names).get(split, ())]
+    if not task.sources:
+        names.append(Path(name).name)  # where your own file has moved
+    for file in names:
         for folder in folders:
             if (folder / file).is_file():
                 return folder / file
     if not task.sources:
-        raise UserError(f"{name}: no such file (the {split} split of task {task.name})")
+        advice = "if it has moved, give --data-dir FOLDER"
+        raise UserError(f"{name}: no such file (the {split} split of task {task.name}); {advice}")
     if not data_dir.is_dir():
         raise UserError(f"--data-dir {data_dir}: no such folder")
     home = data_dir if writable(data_dir) else spare
@@ -153,12 +157,22 @@ def find_model(name):
     return folder
 
 
-def from_hub(name):
+def find_config(name):
+    """Return what config.json of a model says; of a Hugging Face id only this file is needed."""
+    folder = DEMO if name == "demo" else Path(name)
+    if not folder.is_dir():
+        folder = from_hub(name, ["config.json"])
+    return read_json(folder / "config.json")
+
+
+FILES = ["config.json", "*.safetensors", "*.index.json", "tokenizer*.json", "added_tokens.json"]
+FILES += ["special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt"]
+
+
+def from_hub(name, wanted=FILES):
     """Return the folder of a Hugging Face id in the hub's cache; download what is not there."""
     import huggingface_hub as hub  # it is slow to import, and only needed here
 
-    wanted = ["config.json", "*.safetensors", "*.index.json", "tokenizer*.json"]
-    wanted += ["vocab.txt", "vocab.json", "merges.txt"]
     options = {"allow_patterns": wanted, "ignore_patterns": "*/*"}
     try:
         # without this question, snapshot_download would wait without end for a dead server

@@ -117,6 +117,12 @@ def cache_home():
     return Path(os.environ.get("NANOPRUNE_CACHE") or user_cache / "nanoprune")
 
 
+def make_folder(path):
+    """Create a folder if we may. What needs it names it, so that nothing fails where none does."""
+    with suppress(OSError):
+        os.makedirs(path, exist_ok=True)
+
+
 def writable(folder):
     """Is `folder` there, and may we write to it?
 

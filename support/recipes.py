@@ -40,7 +40,7 @@ SMP = {
     "source": "SMP, released run scripts",
     # N / T on MNLI: 43,632, 5,250 and 3,500 of 73,632 steps
     "up_to_density": ((0.5, {"ramp": 0.593}), (0.7, {"ramp": 0.071}), (1.0, {"ramp": 0.048})),
-    "on_roberta": {"ramp_power": 1},  # by the name of the model, as in the released script
+    "on_roberta": {"ramp_power": 1},
     "by_kind": {
         "span": {
             "epochs": 10, "source": "SMP on SQuAD, released run script",
@@ -92,16 +92,16 @@ RECIPES = {
 }
 
 
-def recipe(name, kind, task, model, density, taught):
+def recipe(name, kind, task, model_type, density, taught):
     """Return the published value of each setting, and their "source".
 
-    `name` is the method's recipe; `kind`, `task` and `model` are names. `density` is None where
-    none was asked for. `taught`: is there a teacher?
+    `name` is the method's recipe; `kind` and `task` are names. `model_type` is that of config.json.
+    `density` is None where none was asked for. `taught`: is there a teacher?
     """
     values = COMMON | RECIPES[name]
     values["max_length"] = MAX_LENGTH.get(kind, values["max_length"])
     values |= values.get("by_kind", {}).get(kind, {})
-    if "roberta" in model.lower():
+    if model_type == "roberta":
         values |= values.get("on_roberta", {})
     values |= values.get("by_task", {}).get(task, {})
     density = density or values["density"] or 1.0

@@ -16,12 +16,12 @@ def test_each_dev_set_has_its_own_metric(monkeypatch):
     """Of a task like MNLI, accuracy is that of dev, and accuracy_mm that of its mismatched half."""
     files = {"train": "t", "dev": "d", "dev_mm": "m"}
     task = Task("m", "m", ("no", "yes"), metrics=("accuracy", "accuracy_mm"), files=files)
-    assert task.eval_splits == {"dev": "", "dev_mm": "_mm"}
+    assert task.eval_splits == ["dev", "dev_mm"]
     ids = np.zeros(4, np.int32)
     ones = np.ones(4, np.int64)
     dev_sets = {}
-    for suffix, labels in (("", [0, 0, 0, 1]), ("_mm", [1, 1, 0, 0])):
-        dev_sets[suffix] = Dataset(kind_of(task), ids, ones, ones, np.array(labels))
+    for split, labels in (("dev", [0, 0, 0, 1]), ("dev_mm", [1, 1, 0, 0])):
+        dev_sets[split] = Dataset(kind_of(task), ids, ones, ones, np.array(labels))
     monkeypatch.setattr(Classify, "predict", lambda *args: np.zeros(4, np.int64))
     metrics = evaluation.evaluate(None, task, dev_sets, torch.device("cpu"), "fp32")
     assert metrics == {"accuracy": 0.75, "accuracy_mm": 0.5}
@@ -52,7 +52,8 @@ def test_entropy():
 def test_best_reports_the_best_checkpoint(monkeypatch):
     """`eval.py RUN` reports the folder model/, and with --best the folder best/."""
     asked = []
-    monkeypatch.setattr(evaluation, "report", lambda run, which, *rest: asked.append(which))
+    monkeypatch.setattr(evaluation, "load_run", lambda run, which: [asked.append(which)] * 4)
+    monkeypatch.setattr(evaluation, "report", lambda *args: None)
     assert evaluation.main(["RUN", "--device", "cpu"]) == 0
     assert evaluation.main(["RUN", "--best", "--device", "cpu"]) == 0
     assert asked == ["model", "best"]

@@ -141,8 +141,8 @@ def test_bad_beginnings(tiny, halves, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_fixed_keeps_the_way_of_a_regression(capsys):
+def test_fixed_keeps_the_way_of_a_regression(tiny, capsys):
     """A run that read the logit of one word can be fine-tuned as it was."""
-    argv = ["--model", "x", "--task", "stsb", "--method", "fixed", "--from", "r", "--dry-run"]
+    argv = ["--model", tiny[1], "--task", "stsb", "--method", "fixed", "--from", "r", "--dry-run"]
     assert train.main([*argv, "--regression", "logit"]) == 0
     assert "--regression logit" in " ".join(capsys.readouterr().out.split())

@@ -226,7 +226,7 @@ def test_dry_run(tiny, tmp_path, monkeypatch, capsys):
     What it prints are flags with which the same settings come out.
     """
     monkeypatch.chdir(tmp_path)
-    argv = ["--model", "x", "--task", "rte", "--method", "pins", "--density", "0.3"]
+    argv = ["--model", tiny[1], "--task", "rte", "--method", "pins", "--density", "0.3"]
     assert train.main([*argv, "--dry-run"]) == 0
     out, err = capsys.readouterr()
     assert err == ""

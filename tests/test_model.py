@@ -369,7 +369,7 @@ def mismatches():
 
     wrong = {
         "model_type": "electra",
-        "hidden_act": "gelu_new",
+        "hidden_act": "relu",
         "position_embedding_type": "relative_key",
         "is_decoder": True,
         "hidden_size": "32",
@@ -509,7 +509,8 @@ def test_padding_changes_nothing(head):
 
 def kind_from(low, high):
     """The kind of a task whose labels are numbers from `low` to `high`."""
-    return kind_of(Task(name="t", folder="t", labels=(), kind="score", options={"range": (low, high)}))
+    options = {"range": (low, high)}
+    return kind_of(Task(name="t", folder="t", labels=(), kind="score", options=options))
 
 
 def test_losses():
@@ -562,24 +563,22 @@ KINDS = [
 def test_save_and_load(head, without, labels, architecture, tmp_path):
     """A saved folder loads to the same model, and its config.json says what the model is.
 
-    The tokenizer's files are copied, and no other file is. A folder can be saved over itself.
+    A folder can be saved over itself.
     """
     source = write(tmp_path / "source", tensors(without))
-    for name in ("vocab.txt", "tokenizer.json", "pytorch_model.bin"):
-        (source / name).write_text(name)
     outputs = len(labels) or 1
     model = load(source, head, outputs=outputs)
     with torch.no_grad():
         model.get_parameter(QUERY).mul_(torch.rand(32, 32) < 0.5)
     saved = tmp_path / "saved"
-    save_model(saved, model, model.state_dict(), source, labels)
+    save_model(saved, model, model.state_dict(), labels)
     again = load(saved, head, outputs=outputs, new_head=False)
     assert same(again.state_dict(), model.state_dict())
     assert again.config == model.config
     assert close(again(**inputs()), model(**inputs()))
 
     files = contents(saved)
-    assert files.keys() == {"model.safetensors", "config.json", "vocab.txt", "tokenizer.json"}
+    assert files.keys() == {"model.safetensors", "config.json"}
     config = json.loads(files["config.json"])
     assert config["architectures"] == [architecture]
     assert config["model_type"] == "bert"
@@ -590,12 +589,12 @@ def test_save_and_load(head, without, labels, architecture, tmp_path):
     assert config.get("label2id", {}) == {label: i for i, label in enumerate(labels)}
     assert config.get("problem_type") == ("regression" if regression else None)
 
-    save_model(saved, again, again.state_dict(), saved, ())
+    save_model(saved, again, again.state_dict(), ())
     over = load(saved, head, outputs=outputs)
     assert same(over.state_dict(), model.state_dict())
 
 
-@pytest.mark.parametrize("survive", range(3))
+@pytest.mark.parametrize("survive", range(2))
 def test_interrupted_save(survive, tmp_path, monkeypatch):
     """If the process dies while it saves, each file is the old one or the new one, and whole.
 
@@ -607,12 +606,11 @@ def test_interrupted_save(survive, tmp_path, monkeypatch):
 
     source = write(tmp_path / "source", tensors())
     for version, folders in ((0, ("old", "saved")), (1, ("new",))):
-        (source / "vocab.txt").write_text(f"version {version}\n")
         model = load(source, dropout=version / 10)
         with torch.no_grad():
             model.get_parameter(QUERY).add_(version)
         for folder in folders:
-            save_model(tmp_path / folder, model, model.state_dict(), source, ())
+            save_model(tmp_path / folder, model, model.state_dict(), ())
 
     replace = os.replace
     done = []
@@ -625,7 +623,7 @@ def test_interrupted_save(survive, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", replace_some)
     with pytest.raises(Killed):
-        save_model(tmp_path / "saved", model, model.state_dict(), source, ())
+        save_model(tmp_path / "saved", model, model.state_dict(), ())
     old = contents(tmp_path / "old")
     new = contents(tmp_path / "new")
     saved = contents(tmp_path / "saved")
@@ -868,13 +866,13 @@ def test_real_hidden_states(hf, batch, attention):
 def test_real_folder_loads_in_transformers(hf, batch, tmp_path):
     """transformers loads what is saved here, and computes the same logits with it."""
     mine = load(BERT_DIR, "classifier", outputs=3)
-    save_model(tmp_path / "classifier", mine, mine.state_dict(), BERT_DIR, NAMES)
+    save_model(tmp_path / "classifier", mine, mine.state_dict(), NAMES)
     theirs = load_hf(hf.AutoModelForSequenceClassification, tmp_path / "classifier")
     assert theirs.config.id2label == dict(enumerate(NAMES))
     assert close(mine(**batch), theirs(**batch).logits)
 
     mine = load(BERT_DIR)
-    save_model(tmp_path / "words", mine, mine.state_dict(), BERT_DIR, ())
+    save_model(tmp_path / "words", mine, mine.state_dict(), ())
     if hasattr(mine, "cls"):
         theirs = load_hf(hf.AutoModelForMaskedLM, tmp_path / "words")
         logits = theirs(**batch).logits[:, 0, mine.words]
@@ -904,7 +902,7 @@ def test_real_round_trip_through_transformers(hf, kind, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     head = "classifier" if "Sequence" in kind else "words"
     mine = load(tmp_path / "theirs", head, outputs=3, new_head=False)
-    save_model(tmp_path / "mine", mine, mine.state_dict(), tmp_path / "theirs", NAMES)
+    save_model(tmp_path / "mine", mine, mine.state_dict(), NAMES)
     auto = {"Model": "AutoModel", "ForPreTraining": "AutoModelForMaskedLM"}
     again = load_hf(getattr(hf, auto.get(kind, f"AutoModel{kind}")), tmp_path / "mine")
     padded = inputs(padding=5)

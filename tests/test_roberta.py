@@ -74,7 +74,7 @@ def test_logits_are_those_of_transformers(name, hf, tmp_path):
     net = load_model(tmp_path / "theirs", head, outputs, words, form=form, new_head=False).eval()
     assert net.config.positions == 32
     labels = [f"L{i}" for i in range(outputs)]
-    save_model(tmp_path / "ours", net, net.state_dict(), tmp_path / "theirs", labels)
+    save_model(tmp_path / "ours", net, net.state_dict(), labels)
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert config["architectures"] == [name]
     ids, mask = batch()

@@ -451,7 +451,7 @@ def test_self_teacher_is_its_best_checkpoint(tiny, finished, tmp_path, monkeypat
     def noted(self, model, *rest):
         """Compute a table as train.py does, but save the model and keep the table."""
         folder = tmp_path / f"teacher-{len(tables)}"
-        save_model(folder, model, baked_state(model), tiny[1], ("no", "yes"))
+        save_model(folder, model, baked_state(model), ("no", "yes"))
         tables.append(teach(self, model, *rest))
         return tables[-1]
 
@@ -564,7 +564,7 @@ def test_learning_rate():
 
 def settings_of(**given):
     """The settings that train.py has with these flags and its recipe for all others."""
-    return train.settings_from({"model": "x"} | given)
+    return train.settings_from({"model": str(ROOT / "tests/golden/tiny-bert")} | given)
 
 
 def test_the_recipe_of_smp_is_the_published_one():

@@ -10,10 +10,14 @@ noisy machine is noisy for both. Weights are random, in the shape of a real mode
 a CPU, BERT-base on a GPU.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so it runs from any folder
+
 from support.terminal import Parser, UserError, program  # first: it says "loading torch"
 
 import copy
-import sys
 from functools import partial
 
 import numpy as np
@@ -125,7 +129,7 @@ def our_step(name, shape, device, dtype, mark=lambda part: None):
             pooler=not words,
             mlm=bool(words),
         ).to(device)
-    given = {"model": shape, "task": "cola", "method": name}
+    given = {"model": str(DEMO), "task": "cola", "method": name}
     kind = kind_of(get_task("cola"))
     if name != "dense":
         given["density"] = 0.1

@@ -14,12 +14,15 @@ Existing files are overwritten only with --force. Use what compact and save-mask
                                                    of a mask that was released with the SMP paper
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so it runs from any folder
+
 from support.terminal import Parser, UserError, program  # first: it says "loading torch"
 
 import json
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,7 +36,7 @@ from models.checkpoint import save_model, save_tensors
 from models.compaction import add_padding, change_heads, compact, drop_padding, matrix_names
 from models.runs import load_run, trained_on
 from models.sparse import sparse
-from models.tokenizer import load_tokenizer
+from models.tokenizer import load_tokenizer, save_tokenizer
 from support.files import atomic_write, is_stream, read_json
 from support.machine import DEVICES, autocast, inputs, pick_device
 from support.matrices import encoder_linears
@@ -76,12 +79,12 @@ def export(args):
     Label words are read at position 0, or where the kind of the task reads every position, there.
     """
     make_room(args)
-    model, task, _, _ = load_run(args.run, args.which)
-    write_export(args.target, model, task, Path(args.run) / args.which)
+    model, task, tokenizer, _ = load_run(args.run, args.which)
+    write_export(args.target, model, task, tokenizer)
 
 
-def write_export(folder, model, task, source):
-    """Write the folder for `model`. `source` is the folder that has its tokenizer's files."""
+def write_export(folder, model, task, tokenizer):
+    """Write the folder for `model`, with a README that shows how to read it."""
     folder = Path(folder)
     state = model.state_dict()
     labels = task.labels
@@ -93,14 +96,40 @@ def write_export(folder, model, task, source):
         state[f"{layer}.weight"] = rows
         state[f"{layer}.bias"] = torch.zeros(len(rows))
         labels = labels or task.words[-len(rows) :]
-    save_model(folder, model, state, source, labels, hub_class)
+    save_model(folder, model, state, labels, hub_class)
+    save_tokenizer(folder, tokenizer, model.config)
     if hub_class == model.mlm_class:
         config = read_json(folder / "config.json")
         config["label_words"] = task.words[-model.outputs :]
         config["label_word_ids"] = model.words.tolist()
         atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    lines = how_to_read(folder.name, model, task, hub_class)
+    text = "".join(f"{line}\n" for line in lines)
+    told = f"A {hub_class} that nanoprune has written for the task {task.name}. To read it:"
+    atomic_write(folder / "README.md", f"{told}\n\n```python\n{text}```\n")
+    print(f"{folder}: {hub_class}; to read it:\n{text}", end="")
+
+
+def how_to_read(name, model, task, hub_class):
+    """Return lines of Python that predict with the folder `name` and `transformers`."""
+    words = model.output_head == "words"
+    pooled = model.first_only
+    inputs = '"a text"' if len(task.columns) == 1 else '"a text", "the second text"'
     auto_class = "AutoModel" + hub_class[hub_class.find("For") :]
-    print(f"{folder}: {hub_class}, for transformers.{auto_class}")
+    lines = [
+        f"from transformers import {auto_class}, AutoTokenizer",
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        f'model = {auto_class}.from_pretrained("{name}").eval()',
+        f'outputs = model(**tokenizer({inputs}, return_tensors="pt"))',
+    ]
+    place = "[0, 0]" if pooled and words else "[0]"  # of position 0, or of all
+    if hub_class == model.mlm_class:
+        lines.append(f"logits = outputs.logits{place}[..., model.config.label_word_ids]")
+    elif hub_class.endswith("QuestionAnswering"):
+        lines.append("logits = outputs.start_logits[0], outputs.end_logits[0]")
+    else:
+        lines.append(f"logits = outputs.logits{place}")
+    return lines
 
 
 # ---------- the compact folder --------------------------------------------------------------------
@@ -132,7 +161,7 @@ def write_compact(folder, model, task, tokenizer, settings, config, sizes):
         "sizes": sizes,
     }
     save_tensors(folder / "compact.safetensors", state)
-    atomic_write(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+    save_tokenizer(folder, tokenizer, model.config)
     atomic_write(folder / "compact.json", json.dumps(about) + "\n")
 
 
@@ -188,12 +217,13 @@ def save_compact(args):
     config = config_values(model)  # of the whole model
     sizes = compact(model, args.uniform, args.drop_rows)
     if args.uniform:
-        write_export(args.target, model, task, Path(args.run) / args.which)
+        write_export(args.target, model, task, tokenizer)
         left = count_weights(model)
         units = f"{model.config.intermediate_size:,} of {config['intermediate_size']:,} units"
         kept = f"{units} in each layer"
     else:
         write_compact(args.target, model, task, tokenizer, s, config, sizes)
+        copy_task(args.run, args.target)
         left = count_compact(sizes, config["hidden_size"])
         kept = describe_compact(sizes, config)
     print(f"{args.target}: {left:,} of {total:,} encoder weights ({left / total:.3f}); {kept}")
@@ -211,6 +241,13 @@ def save_compact(args):
     compare(before, model, task, load_dev(task, tokenizer, s["max_length"], args.data_dir), device)
 
 
+def copy_task(run, folder):
+    """Copy what describes a task of your own, if the run was on one."""
+    path = Path(run) / "task.json"
+    if path.is_file():
+        atomic_write(Path(folder) / path.name, path.read_bytes())
+
+
 def load_for_use(folder):
     """Return (model, task, tokenizer, settings) of a compact folder, as `load_run` does of a run.
 
@@ -223,7 +260,7 @@ def load_for_use(folder):
     needed = {"task", "task_file", "max_length", "labels"}
     if not about.keys() >= needed or type(about["max_length"]) is not int:
         raise UserError(f"{path}: not whole; write it again")
-    task = trained_on(path, about)
+    task = trained_on(folder, about)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     settings = {"max_length": about["max_length"], "dtype": about.get("dtype", "fp32")}
     return model, task, tokenizer, settings
@@ -242,8 +279,7 @@ def predict_compact(args):
     """Write the predictions of a compact folder for a split."""
     device = pick_device(args.device)
     loaded = load_for_use(args.folder)
-    _, task, _, _ = loaded
-    write_predictions(loaded, device, args.data_dir, args.split, args.file, task.name)
+    write_predictions(loaded, device, args.data_dir, args.split, args.file)
 
 
 def count_weights(model):

@@ -14,12 +14,15 @@ What the second sum holds does not depend on which example has which label. It i
   can learn about the task from the first gradients.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so it runs from any folder
+
 from support.terminal import UserError, parse_settings, program  # first: it says "loading torch"
 
-import sys
 import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch

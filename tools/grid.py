@@ -16,6 +16,11 @@ and the result of each run. A run that stands in the record is finished, also wh
 gone. tools.report reads a record like run folders.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so it runs from any folder
+
 from support.terminal import ROOT, Parser, UserError, live, parse_settings, program, tell
 
 import importlib
@@ -25,10 +30,8 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from models.runs import read_run_config
 from support.files import lock

@@ -98,7 +98,7 @@ def save_mask(run, path, which="model"):
         raise UserError(f"{run}: a {method} run trains weights; {advice}")
     masks = read_masks_of_run(run if which == "model" else run / which)
     packed = {name: pack(mask.reshape(-1)) for name, mask in masks.items()}  # (out, in) -> (numel,)
-    about = describe_mask(config, masks, packed)
+    about = describe_mask(run, config, masks, packed)
     payload = b"".join(packed.values())
     header = {"mask": json.dumps(about), "sha256": digest(about, payload)}
     data = numpy_to_safetensors({"mask": np.frombuffer(payload, np.uint8)}, metadata=header)
@@ -135,14 +135,14 @@ def read_masks_of_run(folder):
     return masks
 
 
-def describe_mask(config, masks, packed):
+def describe_mask(run, config, masks, packed):
     """Return what the header of a mask file holds as JSON.
 
     `matrices` has for each matrix its name, its two sizes, how many of its weights are kept, and
     the length of its bytes.
     """
     s = config["settings"]
-    task = trained_on(s["out"], s | config)
+    task = trained_on(run, s | config)
     matrices = []
     for name, mask in masks.items():
         matrices.append([name, *mask.shape, int(mask.sum()), len(packed[name])])

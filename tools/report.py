@@ -18,14 +18,17 @@ step, in percent. docs/usage.md says on what the interval rests.
 `python eval.py RUN` reports the metrics, densities and sizes of one run.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so it runs from any folder
+
 from support.terminal import Parser, UserError, program  # first: it says "loading torch"
 
 import itertools
 import json
 import math
-import sys
 from fnmatch import fnmatchcase
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,9 +37,8 @@ import torch
 from data import kind_of, load_dev
 from eval import evaluate
 from models.checkpoint import load_model, model_sha256, read_safetensors
-from models.runs import load_run, read_run_config
+from models.runs import load_run, read_run_config, source_of
 from prune import METHODS
-from support.fetch import find_model
 from support.machine import DEVICES, pick_device
 from support.patterns import check_density
 from support.terminal import as_flag, show, tell
@@ -407,11 +409,12 @@ def with_method(run, device):
     if Method is None or not Method.top_k:
         advice = "those of smp, movement and magnitude can"
         raise UserError(f"--density: a {s['method']} run cannot be ranked again; {advice}")
-    source = find_model(s["model"])
+    source = source_of(SimpleNamespace(**s | {"out": run, "resume": True}))
     if model_sha256(source) != config["model_sha256"]:
         raise UserError(f"--density: {s['model']} is no longer the model that {run} began with")
     head = (Method.output_head, config["outputs"], config["words"])
-    model = load_model(source, *head, s["seed"], form=kind_of(task).form)
+    kind = kind_of(task)
+    model = load_model(source, *head, s["seed"], form=kind.form, labels=kind.outputs)
     model.to(device)
     method = Method(model, SimpleNamespace(**s), total_steps=1)
     tensors, _ = read_safetensors(Path(run) / "checkpoint.safetensors")

@@ -11,9 +11,13 @@
 Each is a class beside those of prune.py. What is trained has the learning rate --lr.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so it runs from any folder
+
 import support.terminal  # noqa: F401  (first: it says "loading torch")
 
-import sys
 
 import torch
 
