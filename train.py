@@ -200,7 +200,7 @@ class Run:
 
     def load_model(self, s):
         """Load the tokenizer and the model; check the settings that depend on its sizes."""
-        self.source = source_of(s)
+        self.source = source_of(s, s.out if s.resume else None)
         _, config = read_config(self.source)
         check_sizes(s, config)
         self.tokenizer = load_tokenizer(self.source, config.vocab_size)

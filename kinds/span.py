@@ -14,13 +14,14 @@ from kinds.classify import Classify
 from kinds.metrics import shared_words
 from kinds.text import copy_of, decode, flat
 from support.files import read_json
-from support.terminal import UserError, live, tell
+from support.terminal import UserError, live, quote, tell
 
 FORBIDDEN = -1e4  # the logit of what cannot be chosen; its probability is exactly 0
-LONGEST_ANSWER = 30  # tokens (SMP, released code)
+LONGEST_ANSWER = 30  # tokens, if the task file says nothing (SMP, released code)
 # Two windows of a context share so many tokens (SMP, released code), but at most half of what a
 # question leaves of a row. With more, the library panics or makes dozens of windows.
 OVERLAP = 128
+SQUAD = 'SQuAD v1.1\'s {"data": [{"paragraphs": [{"context": ..., "qas": [...]}]}]}'
 
 # ---------- metrics -------------------------------------------------------------------------------
 
@@ -64,6 +65,7 @@ class Span(Classify):
     }
     keys = {"words": (1, 999)}
     needed = {}
+    options = {"longest_answer": int, "skip_misplaced": bool}
 
     @classmethod
     def describe(cls, values, expect):
@@ -71,15 +73,33 @@ class Span(Classify):
         return {"labels": labels, "spelling": labels, "columns": ("question", "context")}
 
     def read(self, role, path, data):
-        texts, gold = read_squad(path, data)
-        ids = set()
-        for (_, context), (name, answers) in zip(texts, gold):
-            check_question(name, context, answers, ids, role, f'{path}: question "{name}"')
-            ids.add(name)
+        texts, gold = read_squad(path, data, role)
+        if role == "train":
+            skip = self.task.options.get("skip_misplaced", False)
+            texts, gold = well_placed(texts, gold, skip, path)
         return texts, gold
 
     def encode(self, texts, gold, tokenizer, max_length):
         return encode_windows(texts, gold, tokenizer, max_length)
+
+    @property
+    def longest_answer(self):
+        """Return how many tokens a predicted answer has at most."""
+        return self.task.options.get("longest_answer", LONGEST_ANSWER)
+
+    def check(self, dataset):
+        """Warn where many answers are too long to be predicted, or are wholly in no window."""
+        first, last = dataset.labels.T
+        tokens = np.zeros(len(dataset.examples), int)
+        np.maximum.at(tokens, dataset.owner, np.where(last > 0, last - first + 1, 0))
+        tokens = tokens[[bool(answers) for _, answers in dataset.gold]]
+        long = tokens > self.longest_answer
+        lost = tokens == 0
+        if len(tokens) and np.mean(long | lost) > 0.05:
+            what = f"{self.task.name}: {long.mean():.1%} of the answers are too long to be predicted"
+            what += f" (more than {self.longest_answer} tokens), and {lost.mean():.1%} are in no"
+            cure = 'a larger "longest_answer" in the task file, or a larger --max-length, may help'
+            tell(f"warning: {what} window of --max-length {dataset.max_length}; {cure}", sys.stderr)
 
     def choices(self, logits, mask):
         table = logits.transpose(1, 2)  # (B, T, 2) -> (B, 2, T)
@@ -99,20 +119,27 @@ class Span(Classify):
     def read_predictions(self, path, texts, gold):
         """Return the answers in a file, see `Classify`. One that is missing is None.
 
-        The official script takes it so, too.
+        Ids that are not in the split are ignored. The official script does both, too.
         """
         answers = read_json(path)
-        ids = dict(gold)
         for name, answer in answers.items():
-            if name not in ids:
-                raise UserError(f'{path}: "{name}" is no id of the split; remove it')
             if not isinstance(answer, str):
-                raise UserError(f'{path}: the answer of "{name}" is not a string')
+                raise UserError(f"{path}: the answer of {quote(name)} is not a string")
+        ids = dict(gold)
         lost = [name for name in ids if name not in answers]
-        if lost:
-            what = f"no answer for {len(lost):,} ids, for example {lost[0]!r}"
-            tell(f"warning: {path}: {what}", sys.stderr)
+        other = [name for name in answers if name not in ids]
+        for what, names in (("no answer for", lost), ("not in the split, so ignored:", other)):
+            if names:
+                what = f"{what} {len(names):,} ids, for example {quote(names[0])}"
+                tell(f"warning: {path}: {what}", sys.stderr)
         return [answers.get(name) for name in ids]
+
+    def read_input(self, path, data, header=()):
+        """Return the pairs in a file of your own: a .json in SQuAD's form, else see `Classify`."""
+        if str(path).endswith((".json", ".json.gz")):
+            texts, _ = read_squad(path, data, "test")
+            return texts
+        return super().read_input(path, data, header)
 
     def from_rows(self, rows, path):
         return rows, rows, [(f"number {i}", []) for i in range(1, 1 + len(rows))]
@@ -121,40 +148,104 @@ class Span(Classify):
 # ---------- files ---------------------------------------------------------------------------------
 
 
-def read_squad(path, data):
-    """Return [(question, context)] and [(id, answers)] of a JSON file in the form of SQuAD v1.1."""
+def read_squad(path, data, role):
+    """Return [(question, context)] and [(id, answers)] of a JSON file in the form of SQuAD v1.1.
+
+    Raises UserError with the question that is not as it should be.
+    """
     texts = []
     gold = []
-    try:
-        articles = json.loads(decode(path, data))["data"]
-        json.dumps(articles, ensure_ascii=False).encode()  # a ValueError for half a character
-        for article in articles:
-            for paragraph in article["paragraphs"]:
-                for row in paragraph["qas"]:
-                    answers = [(a["text"], a["answer_start"]) for a in row.get("answers", [])]
-                    texts.append((row["question"].lstrip(), paragraph["context"]))
-                    gold.append((row["id"], answers))
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}: not in the form of SQuAD v1.1 ({reason})") from None
+    ids = set()
+    for number, (context, row) in enumerate(questions_in(path, decode(path, data)), 1):
+        name = row.get("id")
+        if type(name) not in (str, int):
+            found = f"the id {quote(json.dumps(name))}" if "id" in row else "no id"
+            expected = "expected a string or a whole number"
+            raise UserError(f"{path}: question number {number}: {found}; {expected}")
+        name = str(name)
+        place = f"{path}: question {quote(name)}"
+        if name in ids:
+            raise UserError(f"{place}: this id is there twice; give each question its own")
+        ids.add(name)
+        for key, text in (("question", row.get("question")), ("context", context)):
+            if not isinstance(text, str):
+                raise UserError(f"{place}: its {key} is not a string")
+        texts.append((row["question"].lstrip(), context))
+        gold.append((name, read_answers(row, role, place)))
     return texts, gold
 
 
-def check_question(name, context, answers, ids, role, place):
-    """Raise UserError unless a question has a new id, and answers where it says that they are."""
-    strings = [name, context, *[text for text, _ in answers]]
-    starts = [start for _, start in answers]
-    right = {type(text) for text in strings} == {str} and {type(start) for start in starts} <= {int}
-    if not right or name in ids:
-        expected = "expected strings, a new id, and answer_start to be whole numbers"
-        raise UserError(f"{place}: {expected}")
+def questions_in(path, text):
+    """Return [(context, question as in the file)] of the text of a file."""
+    try:
+        articles = json.loads(text)["data"]
+        json.dumps(articles, ensure_ascii=False).encode()  # a ValueError for half a character
+        paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
+        found = [(paragraph["context"], row) for paragraph in paragraphs for row in paragraph["qas"]]
+        if not all(isinstance(row, dict) for _, row in found):
+            raise TypeError("a question is not an object")
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        reason = f"not in the form of SQuAD v1.1 ({type(error).__name__}: {error})"
+        raise UserError(f"{path}: {other_form(text) or reason}; expected {SQUAD}") from None
+    return found
+
+
+def other_form(text):
+    """Return the name of the form of a file that is not in SQuAD's, or "" if it is not known."""
+    text = text.strip()
+    try:
+        first, end = json.JSONDecoder().raw_decode(text)
+    except (RecursionError, ValueError):
+        return ""
+    is_object = isinstance(first, dict)
+    if is_object and "header" in first:
+        return "MRQA's form"
+    rows = first.get("data", [first]) if is_object else first
+    if isinstance(rows, list) and rows and isinstance(rows[0], dict) and "question" in rows[0]:
+        return "a row for each question, as the datasets library writes it"
+    return "JSON lines" if is_object and "data" not in first and end < len(text) else ""
+
+
+def read_answers(row, role, place):
+    """Return [(answer, its first character)] of a question at a `place` of a file."""
+    found = row.get("answers", [])
+    if not isinstance(found, list) or not all(isinstance(answer, dict) for answer in found):
+        library = ", as the datasets library writes them" if isinstance(found, dict) else ""
+        expected = 'expected a list of {"text": ..., "answer_start": ...}'
+        raise UserError(f"{place}: its answers are no list of objects{library}; {expected}")
+    answers = [(answer.get("text"), answer.get("answer_start")) for answer in found]
+    for text, start in answers:
+        if not isinstance(text, str):
+            raise UserError(f"{place}: the text of an answer is not a string")
+        if type(start) is not int:
+            raise UserError(f"{place}: the answer_start of an answer is not a whole number")
     if not answers and role != "test":
-        raise UserError(f"{place}: no answer; SQuAD v2 is not supported")
-    if role == "train":
-        text, start = answers[0]
-        if start < 0 or not context.startswith(text or "\0", start):
-            found = f'the answer "{text}" is not at character {start} of its context'
-            raise UserError(f"{place}: {found}; answer_start counts Unicode characters")
+        raise UserError(f"{place}: no answer; SQuAD v2 is not supported; leave such questions out")
+    return answers
+
+
+def well_placed(texts, gold, skip, path):
+    """Return the questions of a training file; UserError if a first answer is not at its place.
+
+    `skip`: such questions are left out.
+    """
+    kept = []
+    lost = []
+    for pair, (name, answers) in zip(texts, gold):
+        answer, start = answers[0]
+        if answer and start >= 0 and pair[1].startswith(answer, start):
+            kept.append((pair, (name, answers)))
+        else:
+            lost.append(name)
+    if not lost:
+        return texts, gold
+    what = f"in {len(lost):,} of {len(gold):,} questions the answer is not at its answer_start"
+    if not skip:
+        what += f", for example {quote(', '.join(lost[:5]))}; it counts Unicode characters"
+        cure = '"skip_misplaced": true in the task file leaves such questions out'
+        raise UserError(f"{path}: {what}; {cure}")
+    tell(f"warning: {path}: {what}; they are left out", sys.stderr)
+    return [text for text, _ in kept], [right for _, right in kept]
 
 
 # ---------- windows -------------------------------------------------------------------------------
@@ -176,31 +267,53 @@ def encode_windows(texts, gold, tokenizer, max_length):
         size = len(tokenizer.encode(text[0], add_special_tokens=False))
         room = max_length - specials - size
         if room <= 0:
-            none = f'question "{name}": its {size} tokens leave no room for the context'
+            none = f"question {quote(name)}: its {size} tokens leave no room for the context"
             raise UserError(f"{none} in --max-length {max_length}")
         cutter.enable_truncation(max_length, stride=min(OVERLAP, room // 2), strategy="only_second")
         first = cutter.encode(*text)
-        for window in (first, *first.overflowing):
-            windows.append((owner, *read_window(window, answers)))
+        parts = [(window, *find_context(window)) for window in (first, *first.overflowing)]
+        answer = shrink(answers, np.concatenate([spans for _, _, spans in parts]))
+        windows += [(owner, *read_window(*part, answer)) for part in parts]
     owner, ids, second, places, labels = zip(*windows)
     more = {"owner": np.array(owner), "places": np.concatenate(places), "labels": np.array(labels)}
     return flat(ids, second) | more
 
 
-def read_window(encoding, answers):
+def find_context(encoding):
+    """Return the positions (n,) of the tokens of a context, and their places in it, (n, 2)."""
+    context = np.flatnonzero([text == 1 for text in encoding.sequence_ids])
+    return context, np.array(encoding.offsets, np.int32).reshape(-1, 2)[context]
+
+
+def shrink(answers, spans):
+    """Return from which character to which the first answer reaches, or None if it has no token.
+
+    `spans` are the places of all tokens of the context. Spaces at the ends of an answer do not
+    count, nor do characters that have no token, such as accents.
+    """
+    text, start = answers[0] if answers else ("", 0)
+    start += len(text) - len(text.lstrip())
+    end = start + len(text.strip())
+    begins, ends = spans.T
+    inside = (begins < end) & (ends > start) & (ends > begins)
+    if start == end or not inside.any():
+        return None
+    return max(start, begins[inside].min()), min(end, ends[inside].max())
+
+
+def read_window(encoding, context, spans, answer):
     """Return the ids of a window, where its second text begins, its places, and its label.
 
-    The label is the first and the last token of the first answer, or position 0 twice where the
-    answer is not wholly in the window (SMP, released code).
+    `context` and `spans` are from `find_context`. The label is the first and the last token of the
+    `answer`, which is from `shrink`, or position 0 twice where the answer is not wholly in the
+    window (SMP, released code).
     """
-    context = np.flatnonzero([text == 1 for text in encoding.sequence_ids])
     places = np.zeros((len(encoding), 2), np.int32)
-    places[context] = np.array(encoding.offsets)[context]
-    begins, ends = places[context].T
+    places[context] = spans
+    begins, ends = spans.T
     label = (0, 0)
-    if answers and len(context):
-        text, start = answers[0]
-        end = start + len(text)
+    if answer and len(context):
+        start, end = answer
         if begins[0] <= start and end <= ends[-1]:
             first = np.searchsorted(begins, start, "right") - 1
             label = (context[first], context[np.searchsorted(ends, end)])
@@ -210,8 +323,8 @@ def read_window(encoding, answers):
 def best_answers(logits, dataset):
     """Return for each question the text whose start and end have the largest sum of logits.
 
-    `logits` are (tokens, 2). Start and end are in the context, start <= end < start +
-    LONGEST_ANSWER, in any of the question's windows.
+    `logits` are (tokens, 2). Start and end are in the context, start <= end < start + longest (see
+    `longest_answer`), in any of the question's windows.
     """
     best = {}  # example -> (sum of logits, text)
     for row, example in enumerate(dataset.owner):
@@ -221,8 +334,9 @@ def best_answers(logits, dataset):
             continue
         places = dataset.places[tokens][inside]  # (n, 2)
         start, end = logits[tokens][inside].T  # (n, 2) -> twice (n,)
-        end = np.pad(end, (0, LONGEST_ANSWER - 1), constant_values=-np.inf)
-        sums = start[:, None] + sliding_window_view(end, LONGEST_ANSWER)  # (n, 30)
+        longest = min(dataset.kind.longest_answer, len(start))  # m
+        end = np.pad(end, (0, longest - 1), constant_values=-np.inf)
+        sums = start[:, None] + sliding_window_view(end, longest)  # (n, m)
         first, more = np.unravel_index(sums.argmax(), sums.shape)
         if example not in best or sums[first, more] > best[example][0]:
             (_, context), _ = dataset.examples[example]

@@ -140,10 +140,10 @@ def output_head_of(config):
     return head if head in ("classifier", "words") else None
 
 
-def source_of(s):
-    """Return the folder of the model that a run begins with. The run that is resumed knows it."""
-    path = Path(s.out, "config.json")
-    if s.resume and path.is_file() and not Path(s.model).is_dir():
+def source_of(s, run=None):
+    """Return the folder of the model that a run begins with. The folder `run` remembers it."""
+    path = Path(run or "", "config.json")
+    if run and path.is_file() and not Path(s.model).is_dir():
         folder = read_json(path).get("source", "")  # the current folder may be another now
         if Path(folder).is_dir():
             return Path(folder)
@@ -216,7 +216,7 @@ def read_origin(run):
     place = f"--from {s.from_run}"
     needs = METHODS[s.method].output_head
     if not is_run(s.from_run):
-        if needs is not None:
+        if needs == "words":
             raise UserError(f"{place}: not a run; {s.method} goes on from its own runs alone")
         model, tokenizer = load_folder(s.from_run, run.task, s.seed)
         check_vocabulary(place, tokenizer, run)

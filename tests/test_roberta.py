@@ -123,8 +123,9 @@ def test_ids(source, files, tmp_path):
     tokenizer = load_tokenizer(tmp_path, 50_265)
     assert tokenizer.encode("Hello world").ids == [0, 31414, 232, 2]
     assert tokenizer.encode(" Hello world").ids == [0, 20920, 232, 2]
-    paris = [0, 32826, 16, 5, 50264, 9, 1470, 2]
-    assert tokenizer.encode("Paris is the <mask> of France").ids == paris
+    if source == "tokenizer.json":  # which says that a mask takes the space before it
+        paris = [0, 32826, 16, 5, 50264, 9, 1470, 2]
+        assert tokenizer.encode("Paris is the <mask> of France").ids == paris
     assert tokenizer.encode("a b", "c d").ids == [0, 102, 741, 2, 2, 438, 385, 2]
     words = ("yes", "no", "maybe", "terrible", "great", "correct", "incorrect")
     assert word_ids(tokenizer, words) == [3216, 440, 5359, 6587, 372, 4577, 17401]

@@ -39,6 +39,7 @@ from eval import evaluate
 from models.checkpoint import load_model, model_sha256, read_safetensors
 from models.runs import load_run, read_run_config, source_of
 from prune import METHODS
+from support.fetch import find_model
 from support.machine import DEVICES, pick_device
 from support.patterns import check_density
 from support.terminal import as_flag, show, tell
@@ -373,8 +374,8 @@ def from_dense_to_sparse(item):
 
 
 @torch.no_grad()
-def sweep(run, densities, device, data_dir):
-    """Print the metrics on dev at other densities.
+def sweep(run, densities, device, data_dir, base=None):
+    """Print the metrics on dev at other densities. `base` is the base model, if it has moved.
 
     The run's scores are ranked anew, and nothing is trained.
     Raises UserError where a density is not in (0, 1], where the method keeps no largest scores,
@@ -383,7 +384,7 @@ def sweep(run, densities, device, data_dir):
     for density in densities:
         if not 0 < density <= 1:
             raise UserError(f"--density {density}: expected a number in (0, 1]")
-    model, method, task, tokenizer = with_method(run, device)
+    model, method, task, tokenizer = with_method(run, device, base)
     settings = method.settings
     dtype = read_run_config(run)["dtype"]
     dev_sets = load_dev(task, tokenizer, settings.max_length, data_dir)
@@ -398,7 +399,7 @@ def sweep(run, densities, device, data_dir):
         print(f"density {density:g}, achieved {method.achieved():.4f}: {metrics}", flush=True)
 
 
-def with_method(run, device):
+def with_method(run, device, base=None):
     """Return (model, method, task, tokenizer) of a run, with the weights and scores as trained.
 
     What a mask drops is there, too. Raises UserError as `sweep` does.
@@ -409,7 +410,7 @@ def with_method(run, device):
     if Method is None or not Method.top_k:
         advice = "those of smp, movement and magnitude can"
         raise UserError(f"--density: a {s['method']} run cannot be ranked again; {advice}")
-    source = source_of(SimpleNamespace(**s | {"out": run, "resume": True}))
+    source = find_model(base) if base else source_of(SimpleNamespace(**s), run)
     if model_sha256(source) != config["model_sha256"]:
         raise UserError(f"--density: {s['model']} is no longer the model that {run} began with")
     head = (Method.output_head, config["outputs"], config["words"])
@@ -441,6 +442,7 @@ def parse(argv):
     add("--second", nargs="+", metavar="NAME", help="... with those of these")
     add("--plot", metavar="FILE", help="draw densities and training curves (PNG, PDF, SVG)")
     add("--best", action="store_true", help="--plot: the best checkpoint on dev, not the last step")
+    add("--model", help="with --density: the base model, if it has moved")
     add("--data-dir", metavar="DIR", default="data", help="folder of the data; default data")
     add("--device", default="auto", choices=DEVICES)
     args = parser.parse_args(argv)
@@ -468,7 +470,7 @@ def main(argv=None):
         found = [metrics_of(finished(args.runs, names)) for names in (args.first, args.second)]
         compare(*found, args.density)
     elif args.density:
-        sweep(args.runs[0], args.density, device, args.data_dir)
+        sweep(args.runs[0], args.density, device, args.data_dir, args.model)
     elif args.plot:
         pictures.plot(args.runs[0], "best" if args.best else "model", Path(args.plot))
     elif args.pivot:

@@ -1,0 +1,251 @@
+"""Tokens of other people's folders are those of transformers, before training and from the run."""
+
+import json
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import GOLDEN, word_tokenizer
+from test_data import VOCAB, tokenizer_json
+
+from model import BertConfig
+from models.checkpoint import read_config
+from models.tokenizer import load_tokenizer, save_tokenizer
+from support.terminal import UserError
+
+BERT_DIR = Path(os.environ.get("BERT_DIR") or "missing")
+ROBERTA = Path(os.environ.get("ROBERTA_TOKENIZER") or "missing")
+GLUE_DIR = Path(os.environ.get("GLUE_DIR") or "missing")
+
+
+def folder_of(path, vocabulary=VOCAB, **files):
+    """A folder with vocab.txt, and JSON files by their names without the ending."""
+    path.mkdir(exist_ok=True)
+    if vocabulary:
+        (path / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    for name, value in files.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        (path / f"{name}.json").write_text(text)
+    return path
+
+
+def tokens(path, text, rows=200):
+    return load_tokenizer(path, rows).encode(text).tokens
+
+
+def test_added_tokens(tmp_path):
+    """Tokens of added_tokens.json are one token, and they are in the folder that is written."""
+    added = {"[E1]": len(VOCAB), "[/E1]": len(VOCAB) + 1}
+    special = {"extra_special_tokens": ["[E1]", "[/E1]"]}
+    path = folder_of(tmp_path / "a", added_tokens=added, special_tokens_map=special)
+    expected = ["[CLS]", "[E1]", "cat", "[/E1]", "[SEP]"]
+    assert tokens(path, "[E1]cat[/E1]") == expected
+    tokenizer = load_tokenizer(path, 200)
+    save_tokenizer(tmp_path, tokenizer, BertConfig())
+    assert tokens(tmp_path, "[E1]cat[/E1]") == expected
+    assert load_tokenizer(tmp_path, 200).to_str() == tokenizer.to_str()
+    with pytest.raises(UserError, match=f"ids up to {len(VOCAB) + 1}, but the embedding has"):
+        load_tokenizer(path, len(VOCAB))
+    moved = folder_of(tmp_path / "b", added_tokens={"[E1]": len(VOCAB) + 5})
+    with pytest.raises(UserError, match=r'added token "\[E1\]" is \d+, not'):
+        load_tokenizer(moved, 200)
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_tokenizer_config_decides(lower, tmp_path):
+    """What tokenizer_config.json says counts more than tokenizer.json, as in transformers."""
+    json_file = tokenizer_json(VOCAB, lowercase=not lower)
+    config = {"do_lower_case": lower}
+    path = folder_of(tmp_path, None, tokenizer=json_file, tokenizer_config=config)
+    assert tokens(path, "CAT")[1] == ("cat" if lower else "[UNK]")
+
+
+@pytest.mark.parametrize(
+    "switch, name",
+    [
+        ({"lowercase": False}, "do_lower_case"),
+        ({"strip_accents": False}, "strip_accents"),
+        ({"handle_chinese_chars": False}, "tokenize_chinese_chars"),
+        ({"clean_text": False}, "PreTrainedTokenizerFast"),
+    ],
+)
+def test_contradictions_are_refused(switch, name, tmp_path):
+    """What tokenizer.json alone says, and transformers would not do, is refused; files are named."""
+    path = folder_of(tmp_path, None, tokenizer=tokenizer_json(VOCAB, **switch))
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(path, 200)
+    for word in ("tokenizer.json", name, "tokenizer_config.json"):
+        assert word in str(caught.value)
+    (path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    load_tokenizer(path, 200)  # takes tokenizer.json as it is
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config", "config"])
+@pytest.mark.parametrize("name", ["BertJapaneseTokenizer", "XLMRobertaTokenizerFast"])
+def test_other_classes_are_refused(file, name, tmp_path):
+    path = folder_of(tmp_path, **{file: {"tokenizer_class": name}})
+    with pytest.raises(UserError, match=f"/{file}.json: the tokenizer is"):
+        load_tokenizer(path, 200)
+
+
+def test_code_of_a_folder_is_refused(tmp_path):
+    auto = {"auto_map": {"AutoTokenizer": ["x.Tokenizer", None]}}
+    with pytest.raises(UserError, match="a class with code of its own"):
+        load_tokenizer(folder_of(tmp_path, tokenizer_config=auto), 200)
+
+
+def test_special_tokens_are_framed(tmp_path):
+    """A tokenizer.json without a post-processor gets that of its class; else it is refused."""
+    says = json.loads(tokenizer_json(VOCAB)) | {"post_processor": None}
+    path = folder_of(tmp_path, None, tokenizer=says)
+    assert tokens(path, "cat") == ["[CLS]", "cat", "[SEP]"]
+    (path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(UserError, match="adds no special tokens"):
+        load_tokenizer(path, 200)
+
+
+def test_vocabularies(tmp_path):
+    """Empty last lines and CR LF of vocab.txt are no tokens; special tokens may be others."""
+    text = "\r\n".join(VOCAB) + "\r\n\r\n\n"
+    path = folder_of(tmp_path / "a", None)
+    (path / "vocab.txt").write_bytes(text.encode())
+    assert tokens(path, "cat", len(VOCAB)) == ["[CLS]", "cat", "[SEP]"]
+    renamed = [{"[CLS]": "<s>", "[SEP]": "</s>"}.get(token, token) for token in VOCAB]
+    config = {"cls_token": {"content": "<s>", "__type": "AddedToken"}, "sep_token": "</s>"}
+    path = folder_of(tmp_path / "b", renamed, tokenizer_config=config)
+    assert tokens(path, "cat") == ["<s>", "cat", "</s>"]
+    with pytest.raises(UserError, match=r"no \[CLS\] \[SEP\]"):
+        load_tokenizer(folder_of(tmp_path / "c", renamed), 200)
+    with pytest.raises(UserError, match="its model has"):
+        word = word_tokenizer().to_str()
+        named = {"tokenizer_class": "BertTokenizer"}
+        load_tokenizer(folder_of(tmp_path / "d", None, tokenizer=word, tokenizer_config=named), 200)
+
+
+def test_one_token_type(tmp_path):
+    """A folder for a model with one token type does not ask transformers for a second one."""
+    tokenizer = load_tokenizer(folder_of(tmp_path), 200)
+    for count in (1, 2):
+        save_tokenizer(tmp_path, tokenizer, BertConfig(type_vocab_size=count))
+        config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        assert ("token_type_ids" in config["model_input_names"]) == (count == 2)
+        assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert (config["cls_token"], config["unk_token"]) == ("[CLS]", "[UNK]")
+
+
+# --------------------------------------------------------------------------------------------------
+# real tokenizers, and transformers
+
+E1 = {"content": "[E1]", "lstrip": False, "rstrip": False, "normalized": False}
+E1 |= {"single_word": False, "special": True}
+MASK = {"__type": "AddedToken", "content": "<mask>", "lstrip": True, "normalized": False}
+MASK |= {"rstrip": False, "single_word": False}
+BERT_CASES = {
+    "vocab": ["vocab.txt"],
+    "json": ["tokenizer.json"],
+    "all": ["vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"],
+    "added": ["vocab.txt", ("added_tokens", {"[E1]": 30522, "[/E1]": 30523})],
+    "special": [
+        "vocab.txt",
+        ("added_tokens", {"[E1]": 30522}),
+        ("special_tokens_map", {"additional_special_tokens": ["[E1]", "[E2]"]}),
+    ],
+    "decoder": ["vocab.txt", ("tokenizer_config", {"added_tokens_decoder": {"30522": E1}})],
+    "cased vocab": ["vocab.txt", ("tokenizer_config", {"do_lower_case": False})],
+    "cased config": ["tokenizer.json", ("tokenizer_config", {"do_lower_case": False})],
+    "accents": ["tokenizer.json", ("tokenizer_config", {"strip_accents": False})],
+    "chinese": ["tokenizer.json", ("tokenizer_config", {"tokenize_chinese_chars": False})],
+    "as it is": ["tokenizer.json", ("tokenizer_config", {"tokenizer_class": "TokenizersBackend"})],
+    "one type": [
+        "vocab.txt",
+        ("tokenizer_config", {"tokenizer_class": "BertTokenizer"}),
+        ("config", {"model_type": "roberta", "type_vocab_size": 1, "pad_token_id": 0}),
+    ],
+}
+BARE = {"post_processor": None}
+BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+ROBERTA_CASES = {
+    "json": ["tokenizer.json"],
+    "vocab": ["vocab.json", "merges.txt"],
+    "no post-processor": [("tokenizer", BARE)],
+    "another post-processor": [("tokenizer", {"post_processor": BYTES})],
+    "prefix": ["tokenizer.json", ("tokenizer_config", {"add_prefix_space": True})],
+    "mask": ["vocab.json", "merges.txt", ("special_tokens_map", {"mask_token": MASK})],
+    "added": ["vocab.json", "merges.txt", ("added_tokens", {"[E1]": 50265})],
+}
+ODD = """Éléphant à vélo|naïve café|日本語のテスト|漢字kanji混ぜ|emoji 😀👩‍👩‍👧 ok|[SEP] in text|a [MASK] b
+<pad> x </s> y <mask> z|  spaces   here |Tab\there|ÀÉÎ ß ﬁ|[E1] Tom [/E1] sees [e1]|it's don't
+\u200bzero width|nul\x00ctrl\x07|ñandú Ñ|ΑΒΓ αβγ|Привет МИР|العربية|हिन्दी|한국어 텍스트|ｆｕｌｌｗｉｄｔｈ|a|[CLS]
+[UNK] x|<unk> <s>|İstanbul|ﷺ|e\u0301 combining|–—“”|C++ #hash @user|http://a.b/c?d=e|1,000.50
+\u2028line|THE End|<mask>x|x<mask>|New [E2] tok|foo[E1]bar|Éé [SEP]x|x x x|ǅ ǆ|𝒳 math|½ ⅓|¿Qué?|ﬀ ﬂ
+[PAD] y|[pad] [Cls]|</s></s>|\ufeffbom|soft\u00adhyphen|nb\u00a0sp""".replace("\n", "|").split("|")
+
+
+def texts():
+    """150 real sentences, and 50 odd ones."""
+    if not (GLUE_DIR / "STS-B.zip").is_file():
+        pytest.skip("needs GLUE_DIR")
+    with zipfile.ZipFile(GLUE_DIR / "STS-B.zip") as zipped:
+        lines = zipped.read("STS-B/dev.tsv").decode().split("\n")[1:151]
+    assert len(ODD) >= 50
+    return [line.split("\t")[7] for line in lines] + ODD
+
+
+def made(path, source, files, config):
+    """A folder with files of `source`, and others that are given or, for tokenizer.json, changed."""
+    if not source.is_dir():
+        pytest.skip("needs BERT_DIR and ROBERTA_TOKENIZER")
+    (path / "config.json").write_text(json.dumps(config))
+    for file in files:
+        if isinstance(file, str):
+            shutil.copy(source / file, path / file)
+            continue
+        name, value = file
+        if name == "tokenizer":
+            value = json.loads((source / "tokenizer.json").read_text()) | value
+        if name == "config":
+            value = config | value
+        (path / f"{name}.json").write_text(json.dumps(value))
+    return path
+
+
+CASES = [("bert", name) for name in BERT_CASES] + [("roberta", name) for name in ROBERTA_CASES]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("family, name", CASES)
+def test_tokens_are_those_of_transformers(family, name, tmp_path):
+    """200 texts, alone and in pairs, have the ids that AutoTokenizer gives for the same folder.
+
+    The folder that is written has them too, here and there.
+    """
+    transformers = pytest.importorskip("transformers")
+    config = json.loads((GOLDEN / "tiny-bert" / "config.json").read_text())
+    config |= {"model_type": family, "vocab_size": 50_300}
+    if family == "roberta":
+        config |= {"type_vocab_size": 1, "pad_token_id": 1}
+    files = BERT_CASES[name] if family == "bert" else ROBERTA_CASES[name]
+    source = BERT_DIR if family == "bert" else ROBERTA
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    made(folder, source, files, config)
+    _, config = read_config(folder)
+    ours = load_tokenizer(folder, config.vocab_size)
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(folder / "config.json", run)
+    save_tokenizer(run, ours, config)
+    again = load_tokenizer(run, config.vocab_size)
+    theirs = [transformers.AutoTokenizer.from_pretrained(str(path)) for path in (folder, run)]
+    all_texts = texts()
+    for text, other in zip(all_texts, all_texts[1:] + all_texts[:1]):
+        for pair in ((text,), (text, other)):
+            encoding = ours.encode(*pair)
+            assert again.encode(*pair).ids == encoding.ids
+            for tokenizer in theirs:
+                said = tokenizer(*pair)
+                assert said["input_ids"] == encoding.ids, (text, tokenizer)
+                if "token_type_ids" in said:
+                    assert said["token_type_ids"] == encoding.type_ids
