@@ -8,6 +8,7 @@ Axes: N examples, B examples of a batch, T tokens, K outputs of the model, C cho
 
 import math
 import sys
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,7 +61,7 @@ class Classify:
     # The keys of a task file besides those of every kind, and how many strings each of them holds;
     # None: `describe` checks it
     keys = {"columns": (1, 2), "label": (1, 1), "words": (1, 10**6), "labels": (2, 10**6)}
-    needed = keys  # those of them that must be there
+    needed = {"columns", "label", "labels"}  # those of them that must be there
     # Further keys, which may lack: what each may hold, see `options_in`. They are `task.options`.
     options = {"quoted": bool, "positive": str, "class_weights": ("balanced",)}
 
@@ -78,14 +79,18 @@ class Classify:
         `expect(condition, key, expected)` raises UserError, which names the key.
         """
         labels = tuple(values["labels"])
+        one_line = not set("\t\r\n") & set("".join(labels))
+        expect(one_line, "labels", "strings without a tab and without a line break")
         positive = values.get("positive", labels[1])
         expect(positive in labels, "positive", "one of the labels")
         if len(labels) > 2:
             known = {"accuracy", "macro_f1"} | ({"f1"} if "positive" in values else set())
-            several = 'accuracy or macro_f1, or f1 with "positive"; there are more than two labels'
+            why = f'f1 of {len(labels):,} labels needs "positive", and matthews is for two labels'
+            several = f'accuracy or macro_f1, or f1 with "positive"; {why}'
             expect(set(values["metric"]) <= known, "metric", several)
         (label,) = values["label"]
         columns = tuple(values["columns"])
+        expect(label not in columns, "label", "another column than those of the texts")
         return {"labels": labels, "spelling": labels, "columns": columns, "label": label}
 
     def read(self, role, path, data):
@@ -114,9 +119,11 @@ class Classify:
         """Return the label that `text` means, at `place` of a file."""
         if text in self.classes:
             return self.classes[text]
-        expected = " or ".join(self.task.spelling[:10])
+        expected = textwrap.shorten(" or ".join(self.task.spelling[:10]), 200, placeholder=" ...")
         if len(self.classes) > 10:
             expected += f" or one of {len(self.classes) - 10:,} others"
+        if text.strip(' "\r') in self.classes:
+            expected += "; remove the spaces or quotes around it"
         raise UserError(f"{place}: unknown {self.task.label} {quote(text)}, expected {expected}")
 
     def to_gold(self, labels):
@@ -143,18 +150,24 @@ class Classify:
         share = 0.0 if dataset.cut is None else np.mean(dataset.cut)
         if share > 0.05:
             where = f"the texts of {self.task.name} are cut at --max-length {dataset.max_length}"
-            tell(f"warning: {share:.1%} of {where}", sys.stderr)
+            tell(f"warning: {share:.0%} of {where}", sys.stderr)
 
     def learn_from(self, dataset):
-        """Take the weights of the classes from the training set, if the task file asks for them.
+        """Warn of a training set of one label. Take the weights of the classes, if a task has them.
 
-        A class that n of N decisions have weighs N / (n * number of such classes), as in sklearn.
-        So the mean over the decisions is 1. Teachers are not weighted.
+        A class that n of N decisions have weighs N / (n * number of such classes), as in sklearn,
+        and a class without an example weighs 0. IGNORED decisions do not count. So the mean over
+        the N decisions is 1, and the learning rate keeps its meaning. Teachers are not weighted.
         """
+        labels = dataset.labels[dataset.labels != IGNORED]
+        if self.picks_label and np.all(labels == labels[0]):
+            only = quote(self.task.spelling[labels[0]])
+            what = f"every training example of {self.task.name} has the label {only}"
+            tell(f"warning: {what}, so nothing else can be learned", sys.stderr)
         if "class_weights" in self.task.options:
-            labels = dataset.labels[dataset.labels != IGNORED]
             counts = np.bincount(labels, minlength=len(self.task.labels))
-            weights = len(labels) / np.maximum(counts, 1) / np.count_nonzero(counts)
+            there = counts > 0
+            weights = there * len(labels) / np.maximum(counts, 1) / max(1, there.sum())
             self.class_weights = torch.tensor(weights, dtype=torch.float32)
 
     # decisions and their losses
@@ -189,7 +202,7 @@ class Classify:
         """
         flat = logits.flatten(0, -2)  # (..., C) -> (decisions, C)
         if self.class_weights is not None:
-            self.class_weights = self.class_weights.to(flat.device)
+            self.class_weights = self.class_weights.to(flat)  # its device and dtype
         options = {"weight": self.class_weights, "ignore_index": IGNORED, "reduction": "none"}
         return F.cross_entropy(flat, labels.flatten(), **options).view_as(labels)
 

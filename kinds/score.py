@@ -3,6 +3,8 @@
 The model has one output, or two, which stand for the low end of the range and for the high end.
 """
 
+import re
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ class Score(Classify):
     picks_label = False
     metrics = {"pearson": pearson, "spearman": spearman}
     keys = {"columns": (1, 2), "label": (1, 1), "words": (1, 2), "range": None}
-    needed = keys
+    needed = {"columns", "label", "range"}
     options = {"quoted": bool}
 
     def __init__(self, task):
@@ -31,9 +33,10 @@ class Score(Classify):
     def describe(cls, values, expect):
         ends = values["range"]
         numbers = {type(end) for end in ends} <= {int, float}
-        in_order = numbers and len(ends) == 2 and ends[0] < ends[1]
-        expect(in_order, "range", "two numbers, the lower one first")
+        in_order = numbers and len(ends) == 2 and -1e9 <= ends[0] < ends[1] <= 1e9
+        expect(in_order, "range", "two numbers from -1e9 to 1e9, the lower one first")
         (label,) = values["label"]
+        expect(label not in values["columns"], "label", "another column than those of the texts")
         fields = {"labels": (), "spelling": (), "columns": tuple(values["columns"])}
         return fields | {"label": label, "options": {"range": (float(ends[0]), float(ends[1]))}}
 
@@ -44,12 +47,15 @@ class Score(Classify):
     def read_label(self, text, place):
         try:
             value = float(text)
-            if self.low <= value <= self.high:  # False for nan
+            # False for nan; and "1_5" is 15 in Python alone
+            if self.low <= value <= self.high and "_" not in text:
                 return value
         except ValueError:
             pass  # not a number
-        expected = f"a number from {self.low} to {self.high}"
-        raise UserError(f'{place}: unknown {self.task.label} {quote(text)}, expected {expected}')
+        expected = f"expected a number from {self.low} to {self.high}"
+        if re.fullmatch(r"\s*[-+]?\d+,\d+\s*", text):
+            expected += "; write a point, not a comma"
+        raise UserError(f"{place}: unknown {self.task.label} {quote(text)}, {expected}")
 
     def to_gold(self, labels):
         return np.array(labels, np.float32)

@@ -74,32 +74,25 @@ class Span(Classify):
 
     def read(self, role, path, data):
         texts, gold = read_squad(path, data, role)
-        if role == "train":
-            skip = self.task.options.get("skip_misplaced", False)
-            texts, gold = well_placed(texts, gold, skip, path)
-        return texts, gold
+        if role != "train":
+            return texts, gold
+        return well_placed(texts, gold, path, self.task.options.get("skip_misplaced", False))
 
     def encode(self, texts, gold, tokenizer, max_length):
         return encode_windows(texts, gold, tokenizer, max_length)
 
-    @property
-    def longest_answer(self):
-        """Return how many tokens a predicted answer has at most."""
-        return self.task.options.get("longest_answer", LONGEST_ANSWER)
-
     def check(self, dataset):
-        """Warn where many answers are too long to be predicted, or are wholly in no window."""
+        """Warn where many first answers are too long to be predicted, or wholly in no window."""
         first, last = dataset.labels.T
         tokens = np.zeros(len(dataset.examples), int)
         np.maximum.at(tokens, dataset.owner, np.where(last > 0, last - first + 1, 0))
         tokens = tokens[[bool(answers) for _, answers in dataset.gold]]
-        long = tokens > self.longest_answer
-        lost = tokens == 0
-        if len(tokens) and np.mean(long | lost) > 0.05:
-            what = f"{self.task.name}: {long.mean():.1%} of the answers are too long to be predicted"
-            what += f" (more than {self.longest_answer} tokens), and {lost.mean():.1%} are in no"
-            cure = 'a larger "longest_answer" in the task file, or a larger --max-length, may help'
-            tell(f"warning: {what} window of --max-length {dataset.max_length}; {cure}", sys.stderr)
+        most = self.task.options.get("longest_answer", LONGEST_ANSWER)
+        if len(tokens) and np.mean((tokens > most) | (tokens == 0)) > 0.05:
+            long = f"{np.mean(tokens > most):.1%} of the answers have more than {most} tokens"
+            lost = f"{np.mean(tokens == 0):.1%} are not wholly in a window"
+            cure = 'try a larger "longest_answer" in the task file, or a larger --max-length'
+            tell(f"warning: {self.task.name}: {long}, and {lost}; {cure}", sys.stderr)
 
     def choices(self, logits, mask):
         table = logits.transpose(1, 2)  # (B, T, 2) -> (B, 2, T)
@@ -137,8 +130,7 @@ class Span(Classify):
     def read_input(self, path, data, header=()):
         """Return the pairs in a file of your own: a .json in SQuAD's form, else see `Classify`."""
         if str(path).endswith((".json", ".json.gz")):
-            texts, _ = read_squad(path, data, "test")
-            return texts
+            return read_squad(path, data, "test")[0]
         return super().read_input(path, data, header)
 
     def from_rows(self, rows, path):
@@ -149,41 +141,37 @@ class Span(Classify):
 
 
 def read_squad(path, data, role):
-    """Return [(question, context)] and [(id, answers)] of a JSON file in the form of SQuAD v1.1.
-
-    Raises UserError with the question that is not as it should be.
-    """
+    """Return [(question, context)] and [(id, answers)] of a JSON file in the form of SQuAD v1.1."""
     texts = []
-    gold = []
-    ids = set()
-    for number, (context, row) in enumerate(questions_in(path, decode(path, data)), 1):
-        name = row.get("id")
+    gold = {}
+    rows = questions_in(path, decode(path, data))
+    for number, (name, question, context, answers) in enumerate(rows, 1):
         if type(name) not in (str, int):
-            found = f"the id {quote(json.dumps(name))}" if "id" in row else "no id"
-            expected = "expected a string or a whole number"
-            raise UserError(f"{path}: question number {number}: {found}; {expected}")
+            wrong = f"the id {quote(json.dumps(name))} is neither a string nor a whole number"
+            raise UserError(f"{path}: question number {number}: {wrong}")
         name = str(name)
         place = f"{path}: question {quote(name)}"
-        if name in ids:
+        if name in gold:
             raise UserError(f"{place}: this id is there twice; give each question its own")
-        ids.add(name)
-        for key, text in (("question", row.get("question")), ("context", context)):
+        for what, text in (("question", question), ("context", context)):
             if not isinstance(text, str):
-                raise UserError(f"{place}: its {key} is not a string")
-        texts.append((row["question"].lstrip(), context))
-        gold.append((name, read_answers(row, role, place)))
-    return texts, gold
+                raise UserError(f"{place}: its {what} is not a string")
+        texts.append((question.lstrip(), context))
+        gold[name] = read_answers(answers, role, place)
+    return texts, list(gold.items())
 
 
 def questions_in(path, text):
-    """Return [(context, question as in the file)] of the text of a file."""
+    """Return [(id, question, context, answers)], without a check, from the text of a file."""
+    found = []
     try:
         articles = json.loads(text)["data"]
         json.dumps(articles, ensure_ascii=False).encode()  # a ValueError for half a character
-        paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
-        found = [(paragraph["context"], row) for paragraph in paragraphs for row in paragraph["qas"]]
-        if not all(isinstance(row, dict) for _, row in found):
-            raise TypeError("a question is not an object")
+        for article in articles:
+            for paragraph in article["paragraphs"]:
+                for row in paragraph["qas"]:
+                    one = (row.get("id"), row.get("question"), paragraph["context"])
+                    found.append((*one, row.get("answers", [])))
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         reason = f"not in the form of SQuAD v1.1 ({type(error).__name__}: {error})"
         raise UserError(f"{path}: {other_form(text) or reason}; expected {SQUAD}") from None
@@ -192,59 +180,46 @@ def questions_in(path, text):
 
 def other_form(text):
     """Return the name of the form of a file that is not in SQuAD's, or "" if it is not known."""
-    text = text.strip()
-    try:
-        first, end = json.JSONDecoder().raw_decode(text)
-    except (RecursionError, ValueError):
-        return ""
-    is_object = isinstance(first, dict)
-    if is_object and "header" in first:
+    if re.match(r'\s*{\s*"header"', text):
         return "MRQA's form"
-    rows = first.get("data", [first]) if is_object else first
-    if isinstance(rows, list) and rows and isinstance(rows[0], dict) and "question" in rows[0]:
-        return "a row for each question, as the datasets library writes it"
-    return "JSON lines" if is_object and "data" not in first and end < len(text) else ""
+    if re.search(r'"answers"\s*:\s*{', text):
+        return "the form of the datasets library"
+    return "JSON lines" if re.match(r"\s*{.*}\s*\n\s*{", text) else ""
 
 
-def read_answers(row, role, place):
-    """Return [(answer, its first character)] of a question at a `place` of a file."""
-    found = row.get("answers", [])
+def read_answers(found, role, place):
+    """Return [(answer, its first character)] of what is `found` at a `place` of a file."""
     if not isinstance(found, list) or not all(isinstance(answer, dict) for answer in found):
-        library = ", as the datasets library writes them" if isinstance(found, dict) else ""
-        expected = 'expected a list of {"text": ..., "answer_start": ...}'
-        raise UserError(f"{place}: its answers are no list of objects{library}; {expected}")
+        expected = 'expected SQuAD v1.1\'s list of {"text": ..., "answer_start": ...}'
+        raise UserError(f"{place}: answers in another form (the datasets library's?); {expected}")
     answers = [(answer.get("text"), answer.get("answer_start")) for answer in found]
     for text, start in answers:
         if not isinstance(text, str):
             raise UserError(f"{place}: the text of an answer is not a string")
         if type(start) is not int:
-            raise UserError(f"{place}: the answer_start of an answer is not a whole number")
+            raise UserError(f"{place}: an answer_start is not a whole number")
     if not answers and role != "test":
         raise UserError(f"{place}: no answer; SQuAD v2 is not supported; leave such questions out")
     return answers
 
 
-def well_placed(texts, gold, skip, path):
-    """Return the questions of a training file; UserError if a first answer is not at its place.
-
-    `skip`: such questions are left out.
-    """
+def well_placed(texts, gold, path, skip):
+    """Return questions without those whose first answer is misplaced: UserError unless `skip`."""
     kept = []
     lost = []
-    for pair, (name, answers) in zip(texts, gold):
+    for (question, context), (name, answers) in zip(texts, gold):
         answer, start = answers[0]
-        if answer and start >= 0 and pair[1].startswith(answer, start):
-            kept.append((pair, (name, answers)))
+        if answer and start >= 0 and context.startswith(answer, start):
+            kept.append(((question, context), (name, answers)))
         else:
             lost.append(name)
-    if not lost:
-        return texts, gold
-    what = f"in {len(lost):,} of {len(gold):,} questions the answer is not at its answer_start"
-    if not skip:
-        what += f", for example {quote(', '.join(lost[:5]))}; it counts Unicode characters"
-        cure = '"skip_misplaced": true in the task file leaves such questions out'
-        raise UserError(f"{path}: {what}; {cure}")
-    tell(f"warning: {path}: {what}; they are left out", sys.stderr)
+    if lost:
+        what = f"in {len(lost):,} of {len(gold):,} questions the answer is not at its answer_start"
+        if not skip:
+            what += f", for example {quote(', '.join(lost[:5]))}; answer_start counts Unicode"
+            cure = '"skip_misplaced": true in the task file leaves such questions out'
+            raise UserError(f"{path}: {what} characters; {cure}")
+        tell(f"warning: {path}: {what}; they are left out", sys.stderr)
     return [text for text, _ in kept], [right for _, right in kept]
 
 
@@ -271,61 +246,57 @@ def encode_windows(texts, gold, tokenizer, max_length):
             raise UserError(f"{none} in --max-length {max_length}")
         cutter.enable_truncation(max_length, stride=min(OVERLAP, room // 2), strategy="only_second")
         first = cutter.encode(*text)
-        parts = [(window, *find_context(window)) for window in (first, *first.overflowing)]
-        answer = shrink(answers, np.concatenate([spans for _, _, spans in parts]))
-        windows += [(owner, *read_window(*part, answer)) for part in parts]
+        parts = [read_window(window) for window in (first, *first.overflowing)]
+        answer = shrink(answers, np.concatenate([places for _, _, places in parts]))
+        windows += [(owner, *part, label_in(part[2], answer)) for part in parts]
     owner, ids, second, places, labels = zip(*windows)
     more = {"owner": np.array(owner), "places": np.concatenate(places), "labels": np.array(labels)}
     return flat(ids, second) | more
 
 
-def find_context(encoding):
-    """Return the positions (n,) of the tokens of a context, and their places in it, (n, 2)."""
-    context = np.flatnonzero([text == 1 for text in encoding.sequence_ids])
-    return context, np.array(encoding.offsets, np.int32).reshape(-1, 2)[context]
+def read_window(encoding):
+    """Return the ids of a window, where its second text begins, and its places."""
+    places = np.array(encoding.offsets, np.int32)
+    places[[text != 1 for text in encoding.sequence_ids]] = 0
+    return encoding.ids, len(encoding) - sum(encoding.type_ids), places
 
 
-def shrink(answers, spans):
-    """Return from which character to which the first answer reaches, or None if it has no token.
+def shrink(answers, places):
+    """Return from which character to which the tokens of the first answer reach, or None.
 
-    `spans` are the places of all tokens of the context. Spaces at the ends of an answer do not
-    count, nor do characters that have no token, such as accents.
+    `places` are those of all windows of the question. Spaces at the ends of an answer do not
+    count, nor do characters without a token, such as accents. An end may be inside a token.
     """
     text, start = answers[0] if answers else ("", 0)
     start += len(text) - len(text.lstrip())
     end = start + len(text.strip())
-    begins, ends = spans.T
+    begins, ends = places.T
     inside = (begins < end) & (ends > start) & (ends > begins)
     if start == end or not inside.any():
         return None
     return max(start, begins[inside].min()), min(end, ends[inside].max())
 
 
-def read_window(encoding, context, spans, answer):
-    """Return the ids of a window, where its second text begins, its places, and its label.
+def label_in(places, answer):
+    """Return the positions of the first and the last token of an answer that `shrink` returned.
 
-    `context` and `spans` are from `find_context`. The label is the first and the last token of the
-    `answer`, which is from `shrink`, or position 0 twice where the answer is not wholly in the
-    window (SMP, released code).
+    Both are 0 where the answer is not wholly in the window (SMP, released code).
     """
-    places = np.zeros((len(encoding), 2), np.int32)
-    places[context] = spans
-    begins, ends = spans.T
-    label = (0, 0)
-    if answer and len(context):
-        start, end = answer
-        if begins[0] <= start and end <= ends[-1]:
-            first = np.searchsorted(begins, start, "right") - 1
-            label = (context[first], context[np.searchsorted(ends, end)])
-    return encoding.ids, len(encoding) - sum(encoding.type_ids), places, label
+    context = np.flatnonzero(places[:, 1])
+    begins, ends = places[context].T
+    if not answer or not len(context) or answer[0] < begins[0] or answer[1] > ends[-1]:
+        return 0, 0
+    first = np.searchsorted(begins, answer[0], "right") - 1
+    return context[first], context[np.searchsorted(ends, answer[1])]
 
 
 def best_answers(logits, dataset):
     """Return for each question the text whose start and end have the largest sum of logits.
 
-    `logits` are (tokens, 2). Start and end are in the context, start <= end < start + longest (see
-    `longest_answer`), in any of the question's windows.
+    `logits` are (tokens, 2). Start and end are in the context, start <= end < start +
+    "longest_answer" of the task file, in any of the question's windows.
     """
+    most = dataset.kind.task.options.get("longest_answer", LONGEST_ANSWER)
     best = {}  # example -> (sum of logits, text)
     for row, example in enumerate(dataset.owner):
         tokens = dataset.tokens(row)
@@ -334,7 +305,7 @@ def best_answers(logits, dataset):
             continue
         places = dataset.places[tokens][inside]  # (n, 2)
         start, end = logits[tokens][inside].T  # (n, 2) -> twice (n,)
-        longest = min(dataset.kind.longest_answer, len(start))  # m
+        longest = min(most, len(start))  # m
         end = np.pad(end, (0, longest - 1), constant_values=-np.inf)
         sums = start[:, None] + sliding_window_view(end, longest)  # (n, m)
         first, more = np.unravel_index(sums.argmax(), sums.shape)

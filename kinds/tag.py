@@ -68,7 +68,7 @@ class Tag(Classify):
         "entity_recall": entity_recall,
     }
     keys = {"words": (1, 10**6), "labels": (2, 10**6)}
-    needed = {}
+    needed = set()
     options = {"word_column": int, "tag_column": int, "class_weights": ("balanced",)}
 
     @classmethod

@@ -8,7 +8,7 @@ from support.terminal import UserError, quote
 
 SPLITS = ("train", "dev", "test")
 # The keys of every kind, and how many strings each of them holds.
-KEYS = {"name": (1, 1), "train": (1, 1), "dev": (1, 1), "metric": (1, 3)}
+KEYS = {"name": (1, 1), "train": (1, 1), "dev": (1, 1), "metric": (1, 4)}
 MAY_LACK = {"test": (1, 1), "kind": (1, 1)}
 
 
@@ -27,8 +27,9 @@ def read_task_file(path):
       line). "columns" are one or two columns of text, "label" is the column of labels, and "labels"
       are the strings or whole numbers in it. "quoted": true reads a TSV whose fields are quoted, as
       pandas writes it. The metric "f1" is F1 of the second label, and of another one with
-      "positive": LABEL; "macro_f1" is the mean of F1 over all labels.
-      "class_weights": "balanced" weighs the losses of rare labels more.
+      "positive": LABEL, which more than two labels need. "macro_f1" is the mean of F1 over all
+      labels; a label that is neither predicted nor there counts 0. "matthews" is for two labels.
+      "class_weights": "balanced" weighs the losses of rare labels more; their mean weight is 1.
     - "score": the same files, with "range": [0, 5] in place of "labels". Its two words are for the
       low end and for the high end.
     - "span": JSON files in the form of SQuAD v1.1. Its two words are for the start and the end.
@@ -79,7 +80,7 @@ def strings_in(row, kind, path, expect):
         if key not in counts | kind.options:
             known = ", ".join(counts | kind.options)
             raise UserError(f"{path}: unknown key {quote(key)}; the keys are {known}")
-    for key in KEYS | kind.needed:
+    for key in (*KEYS, *sorted(kind.needed)):
         expect(key in row, key, "this key, but it is missing")
     values = {}
     for key in row:

@@ -29,9 +29,16 @@ def decode(path, data):
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        number = data.count(b"\n", 0, error.start) + 1
-        byte = f"byte 0x{data[error.start]:02x}"
+        read = error.object  # without a byte order mark
+        end = b"\n" if b"\n" in read else b"\r"
+        number = read.count(end, 0, error.start) + 1
+        byte = f"byte 0x{read[error.start]:02x}"
         raise UserError(f"{path}:{number}: {byte} is not UTF-8; convert the file") from None
+
+
+FORMS = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+DELIMITERS = {"csv": ",", "quoted": "\t"}  # of the forms that have quotes
+CURE = 'if the file has quotes as pandas writes them, give "quoted": true in the task file'
 
 
 def read_rows(
@@ -39,20 +46,20 @@ def read_rows(
 ):
     """Return [(text, label, place in the file)] of the rows of a file.
 
-    Its ending says its form: .csv (RFC 4180), .jsonl (an object on each line), else TSV. A `quoted`
-    TSV has quotes and line breaks as in a .csv. A text is a string, or of two `columns` a pair of
-    strings. The label is "" where no column of labels is named. `header` are the columns of a file
-    without a header line. `drop_broken`: rows with missing fields are dropped, and not refused. A
-    row of too many fields passes in `official` files, as it does in the official scripts. Raises
-    UserError that names a row or column.
+    Its ending says its form: .csv (RFC 4180), .jsonl or .ndjson (an object on each line), else TSV.
+    A `quoted` TSV has quotes and line breaks as in a .csv. A text is a string, or of two `columns`
+    a pair of strings. The label is "" where no column of labels is named. `header` are the columns
+    of a file without a header line, which is never quoted. `drop_broken`: rows with missing fields
+    are dropped, and not refused. A row of too many fields passes in `official` files, as it does in
+    the official scripts. An empty line is a row if there is one column. At the end of several
+    columns it is none. Raises UserError that names a row or column.
     """
     names = [*columns, label] if label else list(columns)
-    header, rows = split_rows(path, decode(path, data), names, list(header), quoted)
-    for name in names:
-        if header.count(name) != 1:
-            wrong = "two columns" if name in header else "no column"
-            found = f"the header line has {quote(', '.join(header))}"
-            raise UserError(f'{path}:1: {wrong} "{name}"; {found}')
+    ending = Path(str(path).removesuffix(".gz")).suffix.lower()
+    form = FORMS.get(ending, "quoted" if quoted and not header else "tsv")
+    may_be_quoted = form == "tsv" and not official and not header
+    header, rows = split_rows(path, decode(path, data), names, list(header), form)
+    check_header(path, header, names, may_be_quoted)
     places = [header.index(name) for name in names]
     while len(header) > 1 and rows and rows[-1][1] == [""]:
         rows.pop()  # empty lines at the end
@@ -62,9 +69,7 @@ def read_rows(
         if missing and (drop_broken or (official and fields == [""])):
             continue
         if missing or (len(fields) > len(header) and not official):
-            hint = f'"{missing[0]}" is missing' if missing else "a tab inside a text?"
-            if any(field.startswith('"') for field in fields):
-                hint += '; if the file has quotes as pandas writes them, give "quoted": true'
+            hint = hint_of(fields, missing, form, may_be_quoted)
             counts = f"{len(fields)} columns, expected {len(header)}"
             raise UserError(f"{path}:{number}: {counts}: {hint}")
         *texts, last = [fields[place] for place in places]
@@ -72,34 +77,63 @@ def read_rows(
             texts.append(last)
         text = texts[0] if len(texts) == 1 else tuple(texts)
         found.append((text, last if label else "", f"{path}:{number}"))
+    if may_be_quoted:
+        warn_of_quotes(found)
     return found
 
 
-def split_rows(path, text, names, header, quoted):
+def check_header(path, header, names, may_be_quoted):
+    """Raise UserError unless each of the names is that of one column."""
+    for name in names:
+        if header.count(name) == 1:
+            continue
+        wrong = "two columns" if name in header else "no column"
+        found = f"{path}:1: {wrong} {quote(name)}; the header line has {quote(', '.join(header))}"
+        stripped = [column.strip() for column in header]
+        if wrong == "no column" and name in stripped:
+            found += "; remove the spaces around the name"
+        if may_be_quoted and f'"{name}"' in stripped:
+            found += f"; {CURE}"
+        raise UserError(found)
+
+
+def hint_of(fields, missing, form, may_be_quoted):
+    """Return what may be wrong with a row that has too few or too many fields."""
+    if fields == [""]:
+        return "an empty line; remove it"
+    delimiter = "comma" if form == "csv" else "tab"
+    hint = f"{quote(missing[0])} is missing" if missing else f"a {delimiter} inside a text?"
+    if may_be_quoted and any(field.startswith('"') for field in fields):
+        hint += f"; {CURE}"
+    return hint
+
+
+def split_rows(path, text, names, header, form):
     """Return (header, [(number of the line, fields)]) of a file; see `read_rows`."""
-    form = Path(str(path).removesuffix(".gz")).suffix
     if "\n" not in text:
         text = text.replace("\r", "\n")  # as the oldest Macs wrote it
-    if form == ".csv" or (quoted and not header):
-        rows = quoted_rows(path, text, "," if form == ".csv" else "\t")
+    if form in DELIMITERS:
+        rows = quoted_rows(path, text, DELIMITERS[form])
     else:
         # not splitlines(), because U+2028 and its like are text
         lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
-        if form == ".jsonl":
-            rows = enumerate(lines, 1)
+        rows = list(enumerate(lines if text else [], 1))
+        if form == "jsonl":
+            while rows and not rows[-1][1].strip():
+                rows.pop()  # empty lines at the end
             return names, [(i, json_fields(line, names, f"{path}:{i}")) for i, line in rows]
-        rows = [(i, line.split("\t")) for i, line in enumerate(lines, 1)]
-        if not header:
-            warn_of_quotes(path, rows)
+        rows = [(i, line.split("\t")) for i, line in rows]
     if not header:
-        (_, header), *rows = rows
+        (_, header), *rows = rows or [(1, [""])]
     return header, rows
 
 
 def quoted_rows(path, text, delimiter):
     """Return [(number of the line, fields)] of a file with quotes."""
     csv.field_size_limit(2**31 - 1)  # a text may be long
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    # only "\n" ends a line, so the csv module refuses a "\r" that stands alone outside of quotes
+    lines = io.StringIO(text, newline="\n")
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     rows = []
     number = 1
     try:
@@ -107,33 +141,49 @@ def quoted_rows(path, text, delimiter):
             rows.append((number, fields or [""]))
             number = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path}:{number}: quotes do not fit ({error})") from None
-    return rows or [(1, [""])]
+        reason = "a lone CR outside of quotes" if "new-line" in str(error) else error
+        cure = 'expected " around a text with such characters, and "" for each " inside'
+        raise UserError(f"{path}:{number}: quotes do not fit ({reason}); {cure}") from None
+    return rows
 
 
 def json_fields(line, names, place):
-    """Return the values of an object of JSON as text."""
+    """Return the values of an object of JSON as text. Numbers are as they stand in the file."""
     try:
-        row = json.loads(line)
-        fields = [row[name] for name in names]
-        if any(type(value) not in (str, int, float, bool) for value in fields):
-            raise TypeError("a value is neither a text nor a number")
-        fields = [value if type(value) is str else json.dumps(value) for value in fields]
+        row = json.loads(line, object_pairs_hook=keys_once, parse_int=str, parse_float=str)
+        if not isinstance(row, dict):
+            raise ValueError("not an object")
+        for name in names:
+            if name not in row:
+                raise ValueError(f"no key {quote(name)}")
+            if type(row[name]) not in (str, bool):
+                raise ValueError(f"{quote(name)} is neither a text nor a number")
+        fields = [row[name] if type(row[name]) is str else json.dumps(row[name]) for name in names]
         "".join(fields).encode()  # a ValueError for half a character
-    except KeyError as error:
-        raise UserError(f"{place}: no key {error}") from None
-    except (TypeError, ValueError, RecursionError) as error:
-        expected = f"expected a JSON object with {', '.join(names)}"
-        raise UserError(f"{place}: {error}; {expected}") from None
+    except (ValueError, RecursionError) as error:
+        broken = isinstance(error, json.JSONDecodeError)
+        reason = f"{error.msg} at character {error.pos + 1}" if broken else error
+        expected = f"expected a JSON object with {quote(', '.join(names))}"
+        raise UserError(f"{place}: {reason}; {expected}") from None
     return fields
 
 
-def warn_of_quotes(path, rows):
-    """Say where a field of a TSV is quoted as pandas does it. The quotes are read as text."""
-    for number, fields in rows:
+def keys_once(pairs):
+    """Return the dict of an object of JSON; ValueError for a key that is there twice."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {quote(twice)} is there twice")
+    return row
+
+
+def warn_of_quotes(rows):
+    """Say where a text of a TSV is quoted as pandas does it. The quotes are read as text."""
+    for text, _, place in rows:
+        fields = [text] if isinstance(text, str) else text
         if any(re.fullmatch('"(?:[^"]|"")*"', field) for field in fields):
-            cure = '"quoted": true in the task file removes the quotes'
-            tell(f"warning: {path}:{number}: a field is in quotes; {cure}", sys.stderr)
+            tell(f"warning: {place}: a text is in quotes; {CURE}", sys.stderr)
             return
 
 

@@ -20,12 +20,19 @@ from support.terminal import UserError, quote
 # The special tokens by their names in tokenizer_config.json.
 BERT = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
 ROBERTA = {"unk": "<unk>", "sep": "</s>", "pad": "<pad>", "cls": "<s>", "mask": "<mask>"}
-# The classes of `transformers`, without "Fast", that we know. The last ones take tokenizer.json as
-# it is.
-WORD_PIECE = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer")
-BYTE_LEVEL = ("RobertaTokenizer",)
-AS_IT_IS = ("PreTrainedTokenizer", "TokenizersBackend")
-DEFAULTS = dict.fromkeys(WORD_PIECE, BERT) | dict.fromkeys(BYTE_LEVEL, ROBERTA)
+# The classes of `transformers` that we know, without "Fast": the special tokens of each, and the
+# model that it needs. The last ones take tokenizer.json as it is.
+CLASSES = dict.fromkeys(("BertTokenizer", "DistilBertTokenizer"), (BERT, WordPiece))
+CLASSES |= {"ElectraTokenizer": (BERT, WordPiece), "RobertaTokenizer": (ROBERTA, BPE)}
+CLASSES |= dict.fromkeys(("PreTrainedTokenizer", "TokenizersBackend"), ({}, None))
+# What tokenizer_config.json may say otherwise than tokenizer.json, by the name in the latter. It
+# counts more, as in `transformers`.
+SWITCHES = {
+    "lowercase": "do_lower_case",
+    "strip_accents": "strip_accents",
+    "handle_chinese_chars": "tokenize_chinese_chars",
+    "add_prefix_space": "add_prefix_space",
+}
 
 # ---------- reading -------------------------------------------------------------------------------
 
@@ -46,24 +53,20 @@ def load_tokenizer(folder, vocab_size):
         config.setdefault("extra_special_tokens", config.pop("additional_special_tokens"))
     if "added_tokens_decoder" not in config:
         config |= read_optional(folder / "special_tokens_map.json")
-    name = class_of(folder, config)
-    if name is None or (name in AS_IT_IS and path.name != "tokenizer.json"):
-        name = implied_class(path, tokenizer)
+    names, model = CLASSES[class_of(folder, config) or implied_class(path, tokenizer)]
     try:
+        special = special_tokens(config, names)
         added = added_tokens(folder, config, tokenizer)
-        special = special_tokens(config, DEFAULTS.get(name, {}))
-        if name in WORD_PIECE:
-            tokenizer = build_word_piece(tokenizer, special, config, path)
-        elif name in BYTE_LEVEL:
-            tokenizer = build_byte_level(tokenizer, special, config, path)
+        if model:
+            tokenizer = rebuild(tokenizer, model, special, config, path)
         add_tokens(tokenizer, added, [*special.values(), *extra_tokens(config)])
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    add_tokens(tokenizer, {}, [as_special(text) for text in special_of(tokenizer).values()])
     if not tokenizer.num_special_tokens_to_add(is_pair=False):
         raise UserError(f"{path}: adds no special tokens; a model reads the first of them")
+    add_tokens(tokenizer, {}, [as_special(text) for text in special_of(tokenizer).values()])
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= vocab_size:
         raise UserError(f"{path}: ids up to {largest}, but the embedding has {vocab_size} rows")
@@ -90,8 +93,7 @@ def read_tokenizer(folder):
 def read_vocab_txt(path):
     """Return a tokenizer from BERT's vocab.txt, which has one token per line."""
     lines = path.read_text(encoding="utf-8").rstrip().split("\n")
-    vocabulary = {line.rstrip(): number for number, line in enumerate(lines)}
-    return Tokenizer(WordPiece(vocabulary, unk_token=BERT["unk"]))
+    return Tokenizer(WordPiece({line.rstrip(): number for number, line in enumerate(lines)}))
 
 
 def read_vocab_json(path):
@@ -108,7 +110,6 @@ def class_of(folder, config):
 
     Raises UserError where we do not know it.
     """
-    known = (*WORD_PIECE, *BYTE_LEVEL, *AS_IT_IS)
     about = read_optional(folder / "config.json")
     for file, says in (("tokenizer_config.json", config), ("config.json", about)):
         name = says.get("tokenizer_class")
@@ -117,32 +118,36 @@ def class_of(folder, config):
         if name is None:
             continue
         name = str(name).removesuffix("Fast")
-        if name not in known:
-            expected = f"expected {', '.join(known)}"
+        if name not in CLASSES:
+            expected = f"expected {', '.join(CLASSES)}"
             raise UserError(f"{folder / file}: the tokenizer is {quote(name)}; {expected}")
-        return name
+        if CLASSES[name][1] or (folder / "tokenizer.json").is_file():
+            return name
     return None
 
 
 def implied_class(path, tokenizer):
     """Return the class of a tokenizer that no file names."""
     if isinstance(tokenizer.model, WordPiece):
-        return WORD_PIECE[0]
+        return "BertTokenizer"
     byte_level = isinstance(tokenizer.pre_tokenizer, ByteLevel) or path.name == "vocab.json"
-    return BYTE_LEVEL[0] if byte_level else AS_IT_IS[0]
+    return "RobertaTokenizer" if byte_level else "PreTrainedTokenizer"
 
 
-# ---------- as transformers builds it -------------------------------------------------------------
+# ---------- special and added tokens --------------------------------------------------------------
+
+
+def as_special(given):
+    """Return the special token that a file describes, as a string or as an object."""
+    given = {"content": given} if isinstance(given, str) else given
+    options = {key: value for key, value in given.items() if key != "__type"}
+    return AddedToken(**options | {"special": True})
 
 
 def special_tokens(config, names):
     """Return {name: AddedToken} of the special tokens, by default those in `names`."""
-    tokens = {}
-    for name in BERT:
-        given = config.get(f"{name}_token") or names.get(name)
-        if given:
-            tokens[name] = as_special(given)
-    return tokens
+    texts = {name: config.get(f"{name}_token") or names.get(name) for name in BERT}
+    return {name: as_special(text) for name, text in texts.items() if text}
 
 
 def extra_tokens(config):
@@ -153,27 +158,17 @@ def extra_tokens(config):
     return [as_special(token) for token in found]
 
 
-def as_special(given):
-    """Return the special token that a file describes, as a string or as an object."""
-    if isinstance(given, str):
-        return AddedToken(given, special=True)
-    given = {key: value for key, value in given.items() if key != "__type"}
-    return AddedToken(**given | {"special": True})
-
-
 def added_tokens(folder, config, tokenizer):
     """Return {id: AddedToken}, in the order of the ids, of the tokens that a folder adds."""
     if "added_tokens_decoder" in config:
         found = config["added_tokens_decoder"].items()
-        found = {int(number): AddedToken(**token) for number, token in found}
-    else:
-        special = special_tokens(config, {}).values()
-        names = {token.content for token in special} | set(config.get("extra_special_tokens", []))
-        found = {}
-        for text, number in read_optional(folder / "added_tokens.json").items():
-            found[number] = AddedToken(text, special=text in names, normalized=text not in names)
-        found |= tokenizer.get_added_tokens_decoder()
-    return dict(sorted(found.items()))
+        return {int(i): AddedToken(**token) for i, token in sorted(found, key=lambda x: int(x[0]))}
+    names = {token.content for token in special_tokens(config, {}).values()}
+    names |= set(config.get("extra_special_tokens", []))
+    found = {}
+    for text, number in read_optional(folder / "added_tokens.json").items():
+        found[number] = AddedToken(text, special=text in names, normalized=text not in names)
+    return dict(sorted((found | tokenizer.get_added_tokens_decoder()).items()))
 
 
 def add_tokens(tokenizer, added, special):
@@ -190,92 +185,59 @@ def add_tokens(tokenizer, added, special):
     tokenizer.add_tokens([token for token in special if token.content not in there])
 
 
-def build_word_piece(tokenizer, special, config, path):
-    """Return a tokenizer as BertTokenizer builds it around the vocabulary of another one.
+# ---------- as transformers builds it -------------------------------------------------------------
 
-    `special` is {name: AddedToken}.
+
+def rebuild(tokenizer, model, special, config, path):
+    """Return a tokenizer as its class builds it around the vocabulary of another one.
+
+    `special` is {name: AddedToken}. Raises ValueError where tokenizer.json says otherwise.
     """
-    says = json.loads(tokenizer.to_str())
-    rest = {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
-    check_part(says, "model", {"type": "WordPiece"} | rest)
-    check_there(tokenizer, special)
-    lower = config.get("do_lower_case", True)
-    strip = config.get("strip_accents")  # None: as `lower`
-    chinese = config.get("tokenize_chinese_chars", True)
-    expected = {
-        "lowercase": ("do_lower_case", lower),
-        "strip_accents": ("strip_accents", lower if strip is None else strip),
-        "handle_chinese_chars": ("tokenize_chinese_chars", chinese),
-    }
-    if path.name == "tokenizer.json":
-        check_part(says, "normalizer", {"type": "BertNormalizer", "clean_text": True})
-        check_part(says, "pre_tokenizer", {"type": "BertPreTokenizer"})
-        found = says["normalizer"]
-        if found["strip_accents"] is None:
-            found["strip_accents"] = lower
-        check_switches(found, expected, config)
-    built = Tokenizer(tokenizer.model)
-    built.model.unk_token = special["unk"].content
-    built.normalizer = BertNormalizer(True, chinese, strip, lower)
-    built.pre_tokenizer = BertPreTokenizer()
-    first, last = special["cls"].content, special["sep"].content
-    built.post_processor = TemplateProcessing(
-        single=f"{first} $A {last}",
-        pair=f"{first} $A {last} $B:1 {last}:1",
-        special_tokens=[(text, tokenizer.token_to_id(text)) for text in (first, last)],
-    )
-    return built
-
-
-def build_byte_level(tokenizer, special, config, path):
-    """Return a tokenizer as RobertaTokenizer builds it around the vocabulary of another one.
-
-    `special` is {name: AddedToken}.
-    """
-    says = json.loads(tokenizer.to_str())
-    check_part(says, "model", {"type": "BPE"})
-    check_there(tokenizer, special)
-    prefix = config.get("add_prefix_space", False)
-    if path.name == "tokenizer.json":
-        check_part(says, "normalizer", {})
-        check_part(says, "pre_tokenizer", {"type": "ByteLevel"})
-        expected = {"add_prefix_space": ("add_prefix_space", prefix)}
-        check_switches(says["pre_tokenizer"], expected, config)
-    built = Tokenizer(tokenizer.model)
-    built.pre_tokenizer = ByteLevel(add_prefix_space=prefix)
-    ends = [special[name].content for name in ("sep", "cls")]
-    ends = [(text, tokenizer.token_to_id(text)) for text in ends]
-    built.post_processor = RobertaProcessing(*ends, add_prefix_space=prefix)
-    return built
-
-
-def check_there(tokenizer, special):
-    """Raise ValueError unless the vocabulary has the special tokens {name: AddedToken}."""
-    texts = {token.content for token in special.values()}
-    missing = texts - tokenizer.get_vocab().keys()
+    if not isinstance(tokenizer.model, model):
+        found = type(tokenizer.model).__name__
+        raise ValueError(f"its model is {found}, but its class needs {model.__name__}")
+    texts = {name: token.content for name, token in special.items()}
+    missing = set(texts.values()) - tokenizer.get_vocab().keys()
     if missing:
         raise ValueError(f"no {' '.join(sorted(missing))}")
+    built = Tokenizer(tokenizer.model)
+    first, last = [(text, tokenizer.token_to_id(text)) for text in (texts["cls"], texts["sep"])]
+    if model is WordPiece:
+        built.model.unk_token = texts["unk"]
+        built.normalizer = BertNormalizer(
+            lowercase=config.get("do_lower_case", True),
+            strip_accents=config.get("strip_accents"),  # None: if it is lower case
+            handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+        )
+        built.pre_tokenizer = BertPreTokenizer()
+        single = f"{first[0]} $A {last[0]}"
+        pair = f"{single} $B:1 {last[0]}:1"
+        built.post_processor = TemplateProcessing(single, pair, [first, last])
+    else:
+        prefix = config.get("add_prefix_space", False)
+        built.pre_tokenizer = ByteLevel(add_prefix_space=prefix)
+        built.post_processor = RobertaProcessing(last, first, add_prefix_space=prefix)
+    if path.name == "tokenizer.json":
+        check_alike(json.loads(tokenizer.to_str()), json.loads(built.to_str()), config)
+    return built
 
 
-def check_part(says, name, expected):
-    """Raise ValueError unless a part of tokenizer.json has the values that its class has."""
-    found = {key: (says[name] or {}).get(key) for key in (expected or says[name] or {})}
-    if found != expected:
-        told = f"its {name} has {found}, but the class of the tokenizer has {expected}"
-        advice = 'to take this file as it is, write "tokenizer_class": "PreTrainedTokenizerFast"'
-        raise ValueError(f"{told}; {advice} into tokenizer_config.json")
+def check_alike(found, expected, config):
+    """Raise ValueError where tokenizer.json differs from what its class builds.
 
-
-def check_switches(found, expected, config):
-    """Raise ValueError where tokenizer.json differs from the default that its class has.
-
-    `expected` is {name in tokenizer.json: (name in tokenizer_config.json, value)}. What
-    tokenizer_config.json itself says counts more, as in `transformers`.
+    Where tokenizer_config.json says the latter, that is no contradiction.
     """
-    for name, (key, value) in expected.items():
-        if key not in config and found[name] != value:
-            told = f"{name} is {found[name]}, but {value} without {key} in tokenizer_config.json"
-            raise ValueError(f"{told}; write it there")
+    for part in ("normalizer", "pre_tokenizer"):
+        theirs, ours = found[part] or {"type": None}, expected[part] or {"type": None}
+        for key in sorted({"type", *ours} - {"trim_offsets"}):
+            if theirs.get(key) == ours.get(key) or SWITCHES.get(key) in config:
+                continue
+            says = f"the {key} of its {part} is {theirs.get(key)}"
+            advice = '"tokenizer_class": "PreTrainedTokenizerFast" takes this file as it is'
+            if key in SWITCHES:
+                advice = f'write "{SWITCHES[key]}"'
+            where = "in tokenizer_config.json"
+            raise ValueError(f"{says}, but its class has {ours.get(key)}; {advice} {where}")
 
 
 # ---------- writing -------------------------------------------------------------------------------

@@ -190,6 +190,17 @@ def test_patience(tiny, tmp_path, capsys):
     assert "without a new best" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder where nobody can write")
+def test_a_read_only_current_folder(place, tiny, tmp_path, monkeypatch):
+    """Nothing is made in the current folder that is not needed there."""
+    monkeypatch.chdir("/proc")
+    monkeypatch.setenv("NANOPRUNE_CACHE", str(tmp_path / "cache"))
+    own = ["--model", str(place / "model"), "--task-file", str(place / "task.json")]
+    run([*own, *tiny[6:]], tmp_path / "run", max_steps=1)
+    assert list((tmp_path / "cache" / "tokens").glob("pairs-*"))
+    assert evaluation.main([str(tmp_path / "run")]) == 0
+
+
 def test_what_config_says(place, tiny, tmp_path):
     """config.json has the sha256 of the weights and of each split, and task.json whole paths."""
     out = tmp_path / "run"

@@ -7,13 +7,20 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import GOLDEN, word_tokenizer
+from safetensors.torch import load_file, save_file
 from test_data import VOCAB, tokenizer_json
 
+import train
+from data import read_split
+from kinds.tag import encode_words
 from model import BertConfig
-from models.checkpoint import read_config
+from models.checkpoint import load_model, read_config
+from models.runs import load_run
 from models.tokenizer import load_tokenizer, save_tokenizer
 from support.terminal import UserError
+from tools import deploy
 
 BERT_DIR = Path(os.environ.get("BERT_DIR") or "missing")
 ROBERTA = Path(os.environ.get("ROBERTA_TOKENIZER") or "missing")
@@ -118,7 +125,7 @@ def test_vocabularies(tmp_path):
     assert tokens(path, "cat") == ["<s>", "cat", "</s>"]
     with pytest.raises(UserError, match=r"no \[CLS\] \[SEP\]"):
         load_tokenizer(folder_of(tmp_path / "c", renamed), 200)
-    with pytest.raises(UserError, match="its model has"):
+    with pytest.raises(UserError, match="its model is WordLevel"):
         word = word_tokenizer().to_str()
         named = {"tokenizer_class": "BertTokenizer"}
         load_tokenizer(folder_of(tmp_path / "d", None, tokenizer=word, tokenizer_config=named), 200)
@@ -249,3 +256,103 @@ def test_tokens_are_those_of_transformers(family, name, tmp_path):
                 assert said["input_ids"] == encoding.ids, (text, tokenizer)
                 if "token_type_ids" in said:
                     assert said["token_type_ids"] == encoding.type_ids
+
+
+def conll_part():
+    """The first sentences of CoNLL-2003's dev split, as a file in that form."""
+    path = Path(os.environ.get("CONLL_DIR") or "missing") / "eng.testa"
+    if not path.is_file():
+        pytest.skip("needs CONLL_DIR")
+    return "\n\n".join(path.read_text(encoding="utf-8").split("\n\n")[:110]) + "\n"
+
+
+@pytest.mark.real
+def test_words_of_a_tag_run_are_those_of_transformers(tmp_path):
+    """model/ and an export of a RoBERTa run on tags: plain AutoTokenizer gives words their space."""
+    transformers = pytest.importorskip("transformers")
+    text = conll_part()
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small |= {"intermediate_size": 16, "max_position_embeddings": 258, "type_vocab_size": 1}
+    config = transformers.RobertaConfig(vocab_size=50_265, **small)
+    transformers.RobertaForMaskedLM(config).save_pretrained(tmp_path / "base")
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(ROBERTA / name, tmp_path / "base" / name)
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}.txt").write_text(text, encoding="utf-8")
+    row = {"name": "t", "kind": "tag", "train": "train.txt", "dev": "dev.txt"}
+    (tmp_path / "task.json").write_text(json.dumps(row | {"metric": "entity_f1"}))
+    out = tmp_path / "run"
+    argv = ["--model", tmp_path / "base", "--task-file", tmp_path / "task.json", "--out", out]
+    argv += ["--method", "dense", "--max-steps", "1", "--data-dir", tmp_path, "--device", "cpu"]
+    assert train.main([str(flag) for flag in argv]) == 0
+    assert deploy.main(["export", str(out), str(tmp_path / "export")]) == 0
+    _, task, tokenizer, _ = load_run(out)
+    texts, tags = read_split(task, "dev", "FILE", text.encode())
+    arrays = encode_words(texts, tags, task.labels, tokenizer, 256)
+    ends = arrays["lengths"].cumsum()
+    assert len(texts) >= 94
+    for folder in (out / "model", tmp_path / "export"):
+        theirs = transformers.AutoTokenizer.from_pretrained(str(folder))
+        for words, length, end in zip(texts, arrays["lengths"], ends):
+            said = theirs(words, is_split_into_words=True)["input_ids"]
+            assert said == arrays["ids"][end - length : end].tolist()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_special_tokens_in_a_text(family, tmp_path):
+    """Logits of texts that hold special tokens are those of transformers."""
+    transformers = pytest.importorskip("transformers")
+    source, files = (BERT_DIR, ["vocab.txt"]) if family == "bert" else (ROBERTA, ["tokenizer.json"])
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    small |= {"intermediate_size": 16, "max_position_embeddings": 66, "initializer_range": 0.5}
+    name = {"bert": "Bert", "roberta": "Roberta"}[family]
+    more = {"vocab_size": 50_265, "type_vocab_size": 1} if family == "roberta" else {}
+    config = getattr(transformers, f"{name}Config")(**small, **more)
+    torch.manual_seed(0)
+    theirs = getattr(transformers, f"{name}ForSequenceClassification")(config).eval()
+    theirs.save_pretrained(tmp_path)
+    made(tmp_path, source, files, json.loads((tmp_path / "config.json").read_text()))
+    net = load_model(tmp_path, "classifier", 2, new_head=False).eval()
+    ours = load_tokenizer(tmp_path, net.config.vocab_size)
+    for text in ("a <pad> b", "[SEP] a [PAD] b", "<pad><pad> x", "</s> a <mask>"):
+        encoding = ours.encode(text, "b <pad> c")
+        ids = torch.tensor([encoding.ids])
+        types = torch.tensor([encoding.type_ids])
+        mask = torch.ones_like(ids)
+        with torch.no_grad():
+            said = theirs(ids, attention_mask=mask, token_type_ids=types).logits
+            assert (net(ids, mask, types) - said).abs().max() < 1e-5, text
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("method", ["smp-s", "dense"])
+@pytest.mark.parametrize("mlm", [True, False])
+def test_the_readme_of_an_export_reads_it(method, mlm, tiny, tmp_path, monkeypatch, capsys):
+    """The lines in README.md of an export compute the logits of the run, with transformers."""
+    pytest.importorskip("transformers")
+    base = tmp_path / "base"
+    shutil.copytree(tiny[1], base)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    if not mlm:
+        state = load_file(base / "model.safetensors")
+        state = {name: t for name, t in state.items() if not name.startswith("cls.")}
+        save_file(state, base / "model.safetensors")
+    out = tmp_path / "run"
+    argv = [*tiny, "--model", str(base), "--method", method, "--max-steps", "2"]
+    assert train.main([*argv, "--out", str(out)]) == 0
+    capsys.readouterr()
+    assert deploy.main(["export", str(out), str(tmp_path / "export")]) == 0
+    readme = (tmp_path / "export" / "README.md").read_text()
+    _, code, _ = readme.split("```")
+    assert code.removeprefix("python\n").strip() in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(code.removeprefix("python\n").replace("a text", "w1 w2"), found)
+    model, _, tokenizer, _ = load_run(out)
+    encoding = tokenizer.encode("w1 w2", "the second text")
+    batch = [torch.tensor([row]) for row in (encoding.ids, encoding.attention_mask)]
+    expected = model.eval()(*batch, torch.tensor([encoding.type_ids]))[0]
+    assert (found["logits"] - expected).abs().max() < 1e-5
+    assert list(found["model"].config.id2label.values()) == ["no", "yes"]
