@@ -160,7 +160,7 @@ class Classify:
         the N decisions is 1, and the learning rate keeps its meaning. Teachers are not weighted.
         """
         labels = dataset.labels[dataset.labels != IGNORED]
-        if self.picks_label and np.all(labels == labels[0]):
+        if self.picks_label and len(labels) > 1 and np.all(labels == labels[0]):
             only = quote(self.task.spelling[labels[0]])
             what = f"every training example of {self.task.name} has the label {only}"
             tell(f"warning: {what}, so nothing else can be learned", sys.stderr)

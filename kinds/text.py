@@ -59,7 +59,13 @@ def read_rows(
     form = FORMS.get(ending, "quoted" if quoted and not header else "tsv")
     may_be_quoted = form == "tsv" and not official and not header
     header, rows = split_rows(path, decode(path, data), names, list(header), form)
-    check_header(path, header, names, may_be_quoted)
+    for name in names:
+        if header.count(name) != 1:
+            wrong = "two columns" if name in header else "no column"
+            found = f"the header line has {quote(', '.join(header))}"
+            near = wrong == "no column" and name in [column.strip(' "') for column in header]
+            hint = f"; remove the spaces around it, or {CURE}" if near else ""
+            raise UserError(f"{path}:1: {wrong} {quote(name)}; {found}{hint}")
     places = [header.index(name) for name in names]
     while len(header) > 1 and rows and rows[-1][1] == [""]:
         rows.pop()  # empty lines at the end
@@ -80,21 +86,6 @@ def read_rows(
     if may_be_quoted:
         warn_of_quotes(found)
     return found
-
-
-def check_header(path, header, names, may_be_quoted):
-    """Raise UserError unless each of the names is that of one column."""
-    for name in names:
-        if header.count(name) == 1:
-            continue
-        wrong = "two columns" if name in header else "no column"
-        found = f"{path}:1: {wrong} {quote(name)}; the header line has {quote(', '.join(header))}"
-        stripped = [column.strip() for column in header]
-        if wrong == "no column" and name in stripped:
-            found += "; remove the spaces around the name"
-        if may_be_quoted and f'"{name}"' in stripped:
-            found += f"; {CURE}"
-        raise UserError(found)
 
 
 def hint_of(fields, missing, form, may_be_quoted):
@@ -141,9 +132,8 @@ def quoted_rows(path, text, delimiter):
             rows.append((number, fields or [""]))
             number = reader.line_num + 1
     except csv.Error as error:
-        reason = "a lone CR outside of quotes" if "new-line" in str(error) else error
-        cure = 'expected " around a text with such characters, and "" for each " inside'
-        raise UserError(f"{path}:{number}: quotes do not fit ({reason}); {cure}") from None
+        cure = 'expected " around a text with tabs, commas or line ends, and "" for each " inside'
+        raise UserError(f"{path}:{number}: quotes do not fit ({error}); {cure}") from None
     return rows
 
 
@@ -151,13 +141,11 @@ def json_fields(line, names, place):
     """Return the values of an object of JSON as text. Numbers are as they stand in the file."""
     try:
         row = json.loads(line, object_pairs_hook=keys_once, parse_int=str, parse_float=str)
-        if not isinstance(row, dict):
+        if type(row) is not dict:
             raise ValueError("not an object")
         for name in names:
-            if name not in row:
-                raise ValueError(f"no key {quote(name)}")
-            if type(row[name]) not in (str, bool):
-                raise ValueError(f"{quote(name)} is neither a text nor a number")
+            if type(row.get(name)) not in (str, bool):
+                raise ValueError(f"no text and no number under the key {quote(name)}")
         fields = [row[name] if type(row[name]) is str else json.dumps(row[name]) for name in names]
         "".join(fields).encode()  # a ValueError for half a character
     except (ValueError, RecursionError) as error:
@@ -172,9 +160,7 @@ def keys_once(pairs):
     """Return the dict of an object of JSON; ValueError for a key that is there twice."""
     row = dict(pairs)
     if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {quote(twice)} is there twice")
+        raise ValueError("a key is there twice")
     return row
 
 

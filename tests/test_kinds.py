@@ -662,10 +662,10 @@ def test_scores_of_predictions(kind, method, finished, tmp_path, capsys):
         words = [line.split() for line in text.split("\n")]
         assert {len(line) for line in words} == {0, 3}
         path.write_text(text.split("\n", 1)[1])
-        right = f"expected '{words[0][0]}'"
+        right = f'expected "{words[0][0]}"'
         refused(capsys, score, "said: near line 1: found", right, main=evaluation.main)
         path.write_text(text + "\nw1 O O\n")
-        message = f"said: near line {len(words) + 1}: found 'w1', expected 'no line'"
+        message = f'said: near line {len(words) + 1}: found "w1", expected "no line"'
         refused(capsys, score, message, main=evaluation.main)
 
 
@@ -681,9 +681,9 @@ def test_scores_of_glue_predictions(tiny, finished, tmp_path, capsys):
     assert capsys.readouterr().out == f"{path}: {show(result_of(out)['metrics'])}\n"
     lines = path.read_text().splitlines(keepends=True)
     for changed, message in (
-        (lines[:-1], "said.tsv: near line 61: found 'no line', expected '59'"),
-        ([*lines, "60\tyes\n"], "said.tsv: near line 62: found '60', expected 'no line'"),
-        ([lines[0], *lines[2:]], "said.tsv: near line 2: found '1', expected '0'"),
+        (lines[:-1], 'said.tsv: near line 61: found "no line", expected "59"'),
+        ([*lines, "60\tyes\n"], 'said.tsv: near line 62: found "60", expected "no line"'),
+        ([lines[0], *lines[2:]], 'said.tsv: near line 2: found "1", expected "0"'),
         ([lines[0], "0\tmaybe\n"], 'unknown prediction "maybe", expected no or yes'),
         (lines[1:], 'no column "index"'),
     ):
@@ -711,7 +711,7 @@ def test_input(finished, tmp_path, capsys):
     tags, sentence = first.split("\t")
     assert len(tags.split()) == 3
     assert sentence == "w1 w2 w30"
-    path.write_text("sentence\n\n")
+    path.write_text("sentence\n")
     refused(capsys, [finished / "tag-smp-s", "--input", path], "no row", main=evaluation.main)
     path.write_text("question\tcontext\n" + "w1 " * 30 + "\tw5\n")
     argv = [finished / "span-dense", "--input", path]

@@ -16,7 +16,9 @@ from test_train import run
 import data
 import eval as evaluation
 from data import Task, get_task, kind_of, load_dataset, read_split
+from kinds import metrics
 from kinds.classify import IGNORED
+from kinds.text import encode
 from support.terminal import UserError
 
 ROW = {"name": "t", "train": "train.tsv", "dev": "dev.tsv", "columns": ["a", "b"]}
@@ -101,12 +103,26 @@ def test_quotes_of_a_plain_tsv(tmp_path, capsys):
         ("F.csv", 'a,b,label\nx,y,1\n"p\nq",y,2\n', ["F.csv:3", 'unknown label "2"']),
         ("F.csv", "a,b\nx,y\n", ['no column "label"']),
         ("F.csv", "a,a,b,label\nx,y,z,1\n", ['two columns "a"']),
-        ("F.jsonl", '{"a": "x", "label": 1}\n', ["F.jsonl:1", "no key 'b'"]),
-        ("F.jsonl", '{"a": "x", "b": null, "label": 1}\n', ["F.jsonl:1", "neither a text"]),
-        ("F.jsonl", '{"a": "x", "b": ["y"], "label": 1}\n', ["F.jsonl:1", "neither a text"]),
+        ("F.jsonl", '{"a": "x", "label": 1}\n', ["F.jsonl:1", "no text and no number"]),
+        ("F.jsonl", '{"a": "x", "b": null, "label": 1}\n', ["F.jsonl:1", 'under the key "b"']),
+        ("F.jsonl", '{"a": "x", "b": ["y"], "label": 1}\n', ["F.jsonl:1", 'under the key "b"']),
         ("F.jsonl", '{"a": "x", "b": "y", "label": 1}\n{"a"\n', ["F.jsonl:2", "JSON object"]),
         ("F.jsonl", '{"a": "\\ud800", "b": "y", "label": 1}\n', ["F.jsonl:1", "surrogates"]),
-        ("F.jsonl", "[1]\n", ["F.jsonl:1", "JSON object"]),
+        ("F.jsonl", "[1]\n", ["F.jsonl:1", "not an object; expected a JSON object"]),
+        ("F.jsonl", '{"a": "x", "b": NaN, "label": 1}\n', ["F.jsonl:1", 'under the key "b"']),
+        ("F.jsonl", '{"a": "x", "b": {}, "label": 1}\n', ["F.jsonl:1", 'under the key "b"']),
+        ("F.jsonl", '{"a": "", "b": "", "a": "", "label": 1}\n', ["a key is there twice"]),
+        ("F.jsonl", '{"a": "x" "b"}\n', ["F.jsonl:1: Expecting", "at character 11"]),
+        ("F.jsonl", '\n{"a": "x", "b": "y", "label": 1}\n', ["F.jsonl:1"]),
+        ("F.ndjson", "[1]\n", ["F.ndjson:1", "not an object"]),
+        ("F.JSONL", "[1]\n", ["F.JSONL:1", "not an object"]),
+        ("F.csv", 'a,b,label\nx,"y"z,1\n', ["F.csv:2", "quotes do not fit"]),
+        ("F.csv", "a,b,label\nx,y\rz,1\n", ["F.csv:2", "quotes do not fit"]),
+        ("F.csv", 'a,b,label\n"x",y,z,1\n', ["F.csv:2: 4 columns", "a comma inside a text?"]),
+        ("F.csv", "a,b,label\n\nx,y,1\n", ["F.csv:2: 1 columns", "an empty line; remove it"]),
+        ("F.tsv", "a\t b\tlabel\nx\ty\t1\n", ['no column "b"', "remove the spaces around"]),
+        ("F.tsv", '"a"\t"b"\t"label"\n', ['no column "a"', '"quoted": true']),
+        ("F.tsv", "a\tb\tlabel\nx\ty\t 1\n", ["F.tsv:2", 'label " 1"', "remove the spaces"]),
         ("F.tsv.gz", "a\tb\tlabel\n", ["F.tsv.gz", "not a whole gzip file"]),
     ],
 )
@@ -217,7 +233,7 @@ def test_f1_has_a_positive_label(tmp_path):
     assert measured(metric="f1", positive="b", **three)["f1"] == pytest.approx(2 / 3)
     macro = measured(metric="macro_f1", **three)["macro_f1"]
     assert macro == pytest.approx((2 / 5 + 2 / 3 + 0) / 3)
-    with pytest.raises(UserError, match='f1 with "positive"'):
+    with pytest.raises(UserError, match='f1 with "positive"; f1 of 3 labels needs "positive"'):
         task_of(tmp_path, metric="f1", **three)
     with pytest.raises(UserError, match='"positive": expected one of the labels'):
         task_of(tmp_path, positive="z")
@@ -248,9 +264,177 @@ def test_cut_texts_are_told(tmp_path, capsys):
     for _ in range(2):  # the second time from the cache
         load_dataset(task, "train", word_tokenizer(), 16, tmp_path)
         said = capsys.readouterr().err
-        assert said.count("warning") == 1 and "10.0%" in said and "--max-length 16" in said
+        assert said == "warning: 10% of the texts of t are cut at --max-length 16\n"
     load_dataset(task, "train", word_tokenizer(), 64, tmp_path)
     assert capsys.readouterr().err == ""
+
+
+def test_a_csv_has_no_hint_of_pandas(tmp_path):
+    """The cure for quotes in a TSV is named for a plain TSV alone."""
+    for path, row in (("F.csv", 'a,b,label\n"""x",y\n'), ("F.tsv", "a\tb\tlabel\nx\ty\n")):
+        with pytest.raises(UserError, match='"label" is missing$'):
+            read(task_of(tmp_path), row, path)
+    quoted = task_of(tmp_path, quoted=True)
+    with pytest.raises(UserError, match='FILE.tsv:2: 2 columns, expected 3: "label" is missing$'):
+        read(quoted, 'a\tb\tlabel\n"""x"\ty\n')
+
+
+def test_official_files_have_no_warning_of_quotes(capsys):
+    """The texts of GLUE may be in quotes, and no task file could say so."""
+    task = get_task("sst2")
+    task = Task("sst2", "SST-2", task.labels, columns=("sentence",), rows={"train": 1})
+    texts, _ = read(task, 'sentence\tlabel\n"a ""b"""\t1\n')
+    assert texts == ['"a ""b"""']
+    assert capsys.readouterr().err == ""
+
+
+def test_values_of_json(tmp_path):
+    """Numbers count as they stand in the file, and so do true and false."""
+    task = task_of(tmp_path, labels=["1", "true"])
+    line = '{"a": %s, "b": "", "label": %s}\n'
+    text = line % ("1.50", "true") + line % ("-1e3", "1") + line % ("9" * 5000, '"1"') + "\n\n"
+    texts, gold = read(task, text, "F.ndjson")
+    assert [a for a, _ in texts] == ["1.50", "-1e3", "9" * 5000]
+    assert gold.tolist() == [1, 0, 0]
+
+
+def test_a_long_text_in_quotes(tmp_path):
+    """A text may be longer than the limit of Python's csv module, which is 131,072 characters."""
+    csv.field_size_limit(131_072)
+    long = "w1 " * 100_000
+    texts, _ = read(task_of(tmp_path), f'a,b,label\n"{long}",,1\n', "F.csv")
+    assert texts == [(long, "")]
+
+
+@pytest.mark.parametrize("path", ["F.tsv", "F.csv"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_line_ends_and_odd_characters(path, end, tmp_path):
+    """LF, CR LF and CR end a line. A byte order mark is no text; a NUL and U+2028 are."""
+    rows = [["a", "b", "label"], ["x\0y", "p\u2028q", "1"], ["", "", "0"]]
+    delimiter = "," if path == "F.csv" else "\t"
+    text = "\ufeff" + "".join(delimiter.join(row) + end for row in rows)
+    texts, gold = read(task_of(tmp_path), text, path)
+    assert texts == [("x\0y", "p\u2028q"), ("", "")]
+    assert gold.tolist() == [1, 0]
+
+
+def test_nothing_is_no_row(tmp_path):
+    """An empty input has no row, and an input of one line end has one, which is empty."""
+    kind = kind_of(task_of(tmp_path, columns=["a"]))
+    assert kind.read_input("standard input", b"", ("a",)) == []
+    assert kind.read_input("standard input", b"\n", ("a",)) == [""]
+    assert kind.read_input("standard input", b'"w1"\n\nw2', ("a",)) == ['"w1"', "", "w2"]
+    assert kind.read_input("F.jsonl", b"") == []
+    for path in ("F.tsv", "F.csv"):
+        with pytest.raises(UserError, match=f'{path}:1: no column "a"'):
+            kind.read_input(path, b"")
+
+
+def test_bytes_that_are_not_utf8(tmp_path):
+    """The line and the byte are right behind a byte order mark, and where CR ends the lines."""
+    for text in (b"\xef\xbb\xbfa\nb\n\xff\n", b"a\rb\r\xff\r"):
+        with pytest.raises(UserError, match="FILE.tsv:3: byte 0xff is not UTF-8"):
+            read(task_of(tmp_path), text)
+
+
+def test_predictions_in_other_forms(tmp_path):
+    """A file of predictions is read by its ending; a byte order mark does no harm."""
+    kind = kind_of(task_of(tmp_path, labels=["no", "yes"], quoted=True))
+    forms = {
+        "p.tsv": "\ufeffindex\tprediction\n0\tyes\n1\tno\n",
+        "p.csv": 'index,prediction\n0,"yes"\n1,no\n',
+        "p.jsonl": '{"index": 0, "prediction": "yes"}\n{"index": 1, "prediction": "no"}\n',
+    }
+    for name, text in forms.items():
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        assert kind.read_predictions(path, ["x", "y"], None).tolist() == [1, 0]
+        with pytest.raises(UserError, match=f"{name}: near line 3"):
+            kind.read_predictions(path, ["x"], None)
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"label": "b"}, '"label": expected another column'),
+        ({"labels": ["x", "y\tz"]}, '"labels": expected strings without a tab'),
+        ({"labels": ["x", "y"], "positive": True}, '"positive": expected a string'),
+        ({"labels": ["x", "y", "z"], "metric": "matthews"}, "matthews is for two labels"),
+        ({"quoted": "yes"}, '"quoted": expected true or false'),
+        ({"labels": None, "range": [0, float("inf")]}, '"range": expected two numbers'),
+        ({"labels": None, "range": [0, 10**400]}, '"range": expected two numbers'),
+        ({"labels": None, "range": [0, float("nan")]}, '"range": expected two numbers'),
+        ({"labels": None, "range": [0, True]}, '"range": expected two numbers'),
+        ({"labels": None, "range": [0, 1], "label": "b"}, '"label": expected another column'),
+    ],
+)
+def test_mistakes_in_the_keys(row, message, tmp_path):
+    """A task file that cannot work is refused with its key."""
+    if "range" in row:
+        row = row | {"metric": "pearson"}
+    with pytest.raises(UserError, match=message):
+        task_of(tmp_path, words=None, **row)
+
+
+@pytest.mark.parametrize("label, hint", [("1,5", "; write a point"), ("1_5", ""), ("nan", "")])
+def test_numbers_that_are_none(label, hint, tmp_path):
+    """A decimal comma is refused with its cure, and so is what is a number in Python alone."""
+    task = task_of(tmp_path, labels=None, range=[0, 20], metric="pearson")
+    with pytest.raises(UserError, match=f'FILE.tsv:2: unknown label "{label}".* 20.0{hint}'):
+        read(task, f"a\tb\tlabel\nx\ty\t{label}\n")
+
+
+def test_messages_shorten_labels(tmp_path):
+    """Long labels and long names of columns are not shown in full."""
+    task = task_of(tmp_path, labels=["l" * 9_000, "m" * 9_000])
+    for text in ("a\tb\tlabel\nx\ty\tz\n", "a\tb\tlabel\t" + "n" * 9_000 + "\nx\ty\t1\n"):
+        with pytest.raises(UserError) as caught:
+            read(task, text)
+        assert len(str(caught.value)) < 500
+
+
+def test_macro_f1_is_a_mean_over_all_labels(tmp_path):
+    """A label that is neither predicted nor there counts 0, as in sklearn with all labels given."""
+    rng = np.random.default_rng(0)
+    predicted, gold = rng.integers(0, 4, (2, 50))
+    found = metrics.macro_f1(predicted, gold, 6)
+    each = [metrics.f1(predicted, gold, positive) for positive in range(6)]
+    assert each[4:] == [0.0, 0.0]
+    assert found == pytest.approx(np.mean(each))
+    kind = kind_of(task_of(tmp_path, metric=["macro_f1", "f1", "matthews", "accuracy"]))
+    assert kind.measure(gold % 2, gold % 2) == dict.fromkeys(kind.task.metrics, pytest.approx(1))
+
+
+def test_a_label_without_example_weighs_nothing(tmp_path):
+    """IGNORED labels do not count, and the mean weight over the others is 1."""
+    row = {"labels": ["a", "b", "c"], "words": None, "class_weights": "balanced"}
+    kind = kind_of(task_of(tmp_path, **row))
+    labels = np.array([0, 0, 0, 2, IGNORED])
+    kind.learn_from(data.Dataset(kind, *[np.zeros(5, np.int64)] * 3, labels))
+    assert kind.class_weights.tolist() == pytest.approx([4 / 6, 0, 2])
+    assert kind.class_weights[labels[:4]].mean() == 1
+    assert kind.losses(torch.zeros(5, 3).double(), torch.from_numpy(labels))[4] == 0
+
+
+def test_a_training_set_of_one_label(tmp_path, capsys):
+    """It gets one warning, which names the label."""
+    kind = kind_of(task_of(tmp_path, labels=["no", "yes"]))
+    zeros = [np.zeros(3, np.int64)] * 3
+    kind.learn_from(data.Dataset(kind, *zeros, np.array([1, 1, 1])))
+    said = capsys.readouterr().err
+    assert said.count("warning") == 1 and 'has the label "yes"' in said
+    kind.learn_from(data.Dataset(kind, *zeros, np.array([1, 0, 1])))
+    assert capsys.readouterr().err == ""
+
+
+def test_what_counts_as_cut():
+    """A row that fits exactly is not cut; of a pair one text or both may be cut."""
+    texts = [("w1 w1", "w2 w2 w2"), ("w1 w1 w1", "w2 w2 w2"), ("", ""), ("w1 " * 9, "w2 " * 9)]
+    arrays = encode(texts, word_tokenizer(), 8)
+    assert arrays["cut"].tolist() == [False, True, False, True]
+    assert arrays["cut"].dtype == bool
+    assert arrays["lengths"].tolist() == [8, 8, 3, 8]
+    assert encode(["w1 " * 6, "w1 " * 7, ""], word_tokenizer(), 8)["cut"].tolist() == [0, 1, 0]
 
 
 def test_a_byte_order_mark_in_a_task_file(tmp_path):
