@@ -7,7 +7,6 @@ Axes: N examples, B examples of a batch, T tokens, K outputs of the model, C cho
 """
 
 import math
-import sys
 import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from kinds.metrics import f1, macro_f1, pearson
 from kinds.text import check_lines, encode, read_rows
 from support.machine import autocast, inputs, send
-from support.terminal import UserError, live, quote, tell
+from support.terminal import UserError, live, quote, warn
 
 IGNORED = -100  # the label of a token at which nothing is decided
 
@@ -150,7 +149,7 @@ class Classify:
         share = 0.0 if dataset.cut is None else np.mean(dataset.cut)
         if share > 0.05:
             where = f"the texts of {self.task.name} are cut at --max-length {dataset.max_length}"
-            tell(f"warning: {share:.0%} of {where}", sys.stderr)
+            warn(f"{share:.0%} of {where}")
 
     def learn_from(self, dataset):
         """Warn of a training set of one label. Take the weights of the classes, if a task has them.
@@ -163,7 +162,7 @@ class Classify:
         if self.picks_label and len(labels) > 1 and np.all(labels == labels[0]):
             only = quote(self.task.spelling[labels[0]])
             what = f"every training example of {self.task.name} has the label {only}"
-            tell(f"warning: {what}, so nothing else can be learned", sys.stderr)
+            warn(f"{what}, so nothing else can be learned")
         if "class_weights" in self.task.options:
             counts = np.bincount(labels, minlength=len(self.task.labels))
             there = counts > 0

@@ -4,7 +4,6 @@ import json
 import operator
 import re
 import string
-import sys
 from functools import partial
 
 import numpy as np
@@ -14,7 +13,7 @@ from kinds.classify import Classify
 from kinds.metrics import shared_words
 from kinds.text import copy_of, decode, flat
 from support.files import read_json
-from support.terminal import UserError, live, quote, tell
+from support.terminal import UserError, live, quote, warn
 
 FORBIDDEN = -1e4  # the logit of what cannot be chosen; its probability is exactly 0
 LONGEST_ANSWER = 30  # tokens, if the task file says nothing (SMP, released code)
@@ -92,7 +91,7 @@ class Span(Classify):
             long = f"{np.mean(tokens > most):.1%} of the answers have more than {most} tokens"
             lost = f"{np.mean(tokens == 0):.1%} are not wholly in a window"
             cure = 'try a larger "longest_answer" in the task file, or a larger --max-length'
-            tell(f"warning: {self.task.name}: {long}, and {lost}; {cure}", sys.stderr)
+            warn(f"{self.task.name}: {long}, and {lost}; {cure}")
 
     def choices(self, logits, mask):
         table = logits.transpose(1, 2)  # (B, T, 2) -> (B, 2, T)
@@ -124,7 +123,7 @@ class Span(Classify):
         for what, names in (("no answer for", lost), ("not in the split, so ignored:", other)):
             if names:
                 what = f"{what} {len(names):,} ids, for example {quote(names[0])}"
-                tell(f"warning: {path}: {what}", sys.stderr)
+                warn(f"{path}: {what}")
         return [answers.get(name) for name in ids]
 
     def read_input(self, path, data, header=()):
@@ -219,7 +218,7 @@ def well_placed(texts, gold, path, skip):
             what += f", for example {quote(', '.join(lost[:5]))}; answer_start counts Unicode"
             cure = '"skip_misplaced": true in the task file leaves such questions out'
             raise UserError(f"{path}: {what} characters; {cure}")
-        tell(f"warning: {path}: {what}; they are left out", sys.stderr)
+        warn(f"{path}: {what}; they are left out")
     return [text for text, _ in kept], [right for _, right in kept]
 
 

@@ -1,7 +1,6 @@
 """The kind "tag": each word of a sentence has a tag, as in CoNLL-2003."""
 
 import re
-import sys
 import textwrap
 from itertools import chain
 from pathlib import Path
@@ -12,7 +11,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from kinds.classify import IGNORED, Classify
 from kinds.metrics import shared_words
 from kinds.text import check_lines, copy_of, decode, flat
-from support.terminal import UserError, quote, tell
+from support.terminal import UserError, quote, warn
 
 # ---------- metrics -------------------------------------------------------------------------------
 
@@ -105,7 +104,7 @@ class Tag(Classify):
             longest = max(len(words) for words, _ in dataset.examples)
             cures = "an empty line ends a sentence; or give a larger --max-length"
             raise UserError(f"{text}; the longest sentence has {longest:,} words; {cures}")
-        tell(f"warning: {text}; they count as tagged O", sys.stderr)
+        warn(f"{text}; they count as tagged O")
 
     def predictions(self, logits, dataset):
         return tags_of_words(self.task.labels, logits.argmax(dim=1).numpy(), dataset)

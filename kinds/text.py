@@ -5,7 +5,6 @@ import gzip
 import io
 import json
 import re
-import sys
 import zlib
 from itertools import zip_longest
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from support.terminal import UserError, live, quote, tell
+from support.terminal import UserError, live, quote, warn
 
 
 def decode(path, data):
@@ -169,7 +168,7 @@ def warn_of_quotes(rows):
     for text, _, place in rows:
         fields = [text] if isinstance(text, str) else text
         if any(re.fullmatch('"(?:[^"]|"")*"', field) for field in fields):
-            tell(f"warning: {place}: a text is in quotes; {CURE}", sys.stderr)
+            warn(f"{place}: a text is in quotes; {CURE}")
             return
 
 

@@ -1,7 +1,6 @@
 """Run folders: what config.json of a run says, and its model."""
 
 import json
-import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from support.fetch import find_model, locate
 from support.files import read_json, sha256_of, write_json
 from support.machine import peak_memory, surroundings
 from support.matrices import encoder_linears
-from support.terminal import UserError, quote, tell
+from support.terminal import UserError, quote, warn
 
 # ---------- what a run writes ---------------------------------------------------------------------
 
@@ -300,4 +299,4 @@ def warn_of_unknown(run):
     most = quote(" ".join(text for text, _ in found.most_common(10)))
     name = run.tokenizer.id_to_token(unknown)
     told = f"{share:.1%} of the training tokens are {name}, most often {most}"
-    tell(f"warning: {told}; {run.settings.model} does not know this language", sys.stderr)
+    warn(f"{told}; {run.settings.model} does not know this language")

@@ -85,6 +85,12 @@ def tell(text, stream=None):
         silence(stream)
 
 
+def warn(text):
+    """Print a warning on stderr. Of several processes only rank 0 prints it."""
+    if is_rank_0():
+        tell(f"warning: {text}", sys.stderr)
+
+
 def is_rank_0():
     """Is this the only process of a run, or the first of several?"""
     alone = os.environ.get("WORLD_SIZE", "1") == "1"

@@ -79,7 +79,7 @@ def test_tokenizer_config_decides(lower, tmp_path):
     ],
 )
 def test_contradictions_are_refused(switch, name, tmp_path):
-    """What tokenizer.json alone says, and transformers would not do, is refused; files are named."""
+    """What tokenizer.json alone says, and transformers would not do, is refused by its file."""
     path = folder_of(tmp_path, None, tokenizer=tokenizer_json(VOCAB, **switch))
     with pytest.raises(UserError) as caught:
         load_tokenizer(path, 200)
@@ -182,12 +182,19 @@ ROBERTA_CASES = {
     "mask": ["vocab.json", "merges.txt", ("special_tokens_map", {"mask_token": MASK})],
     "added": ["vocab.json", "merges.txt", ("added_tokens", {"[E1]": 50265})],
 }
-ODD = """Éléphant à vélo|naïve café|日本語のテスト|漢字kanji混ぜ|emoji 😀👩‍👩‍👧 ok|[SEP] in text|a [MASK] b
-<pad> x </s> y <mask> z|  spaces   here |Tab\there|ÀÉÎ ß ﬁ|[E1] Tom [/E1] sees [e1]|it's don't
-\u200bzero width|nul\x00ctrl\x07|ñandú Ñ|ΑΒΓ αβγ|Привет МИР|العربية|हिन्दी|한국어 텍스트|ｆｕｌｌｗｉｄｔｈ|a|[CLS]
-[UNK] x|<unk> <s>|İstanbul|ﷺ|e\u0301 combining|–—“”|C++ #hash @user|http://a.b/c?d=e|1,000.50
-\u2028line|THE End|<mask>x|x<mask>|New [E2] tok|foo[E1]bar|Éé [SEP]x|x x x|ǅ ǆ|𝒳 math|½ ⅓|¿Qué?|ﬀ ﬂ
-[PAD] y|[pad] [Cls]|</s></s>|\ufeffbom|soft\u00adhyphen|nb\u00a0sp""".replace("\n", "|").split("|")
+# fmt: off
+ODD = [
+    "Éléphant à vélo", "naïve café", "日本語のテスト", "漢字kanji混ぜ",
+    "emoji 😀👩\u200d👩\u200d👧 ok", "[SEP] in text", "a [MASK] b", "<pad> x </s> y <mask> z",
+    "  spaces   here ", "Tab\there", "ÀÉÎ ß ﬁ", "[E1] Tom [/E1] sees [e1]", "it's don't",
+    "\u200bzero width", "nul\x00ctrl\x07", "ñandú Ñ", "ΑΒΓ αβγ", "Привет МИР", "العربية",
+    "हिन्दी", "한국어 텍스트", "ｆｕｌｌｗｉｄｔｈ", "a", "[CLS]", "[UNK] x", "<unk> <s>",
+    "İstanbul", "ﷺ", "é combining", "–—“”", "C++ #hash @user", "http://a.b/c?d=e", "1,000.50",
+    "\u2028line", "THE End", "<mask>x", "x<mask>", "New [E2] tok", "foo[E1]bar", "Éé [SEP]x",
+    "x x x", "ǅ ǆ", "𝒳 math", "½ ⅓", "¿Qué?", "ﬀ ﬂ", "[PAD] y", "[pad] [Cls]", "</s></s>",
+    "\ufeffbom", "soft\xadhyphen", "nb\xa0sp",
+]
+# fmt: on
 
 
 def texts():
@@ -201,7 +208,7 @@ def texts():
 
 
 def made(path, source, files, config):
-    """A folder with files of `source`, and others that are given or, for tokenizer.json, changed."""
+    """A folder with files of `source`, and others that are given or, for tokenizer.json, merged."""
     if not source.is_dir():
         pytest.skip("needs BERT_DIR and ROBERTA_TOKENIZER")
     (path / "config.json").write_text(json.dumps(config))
@@ -268,7 +275,7 @@ def conll_part():
 
 @pytest.mark.real
 def test_words_of_a_tag_run_are_those_of_transformers(tmp_path):
-    """model/ and an export of a RoBERTa run on tags: plain AutoTokenizer gives words their space."""
+    """model/ and an export of a RoBERTa run on tags: AutoTokenizer gives each word its space."""
     transformers = pytest.importorskip("transformers")
     text = conll_part()
     small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
