@@ -214,14 +214,15 @@ def arrange_head(folder, tensors, name, labels, new_head):
     theirs = label_names(folder, name)
     if len(labels) == 1 and theirs == [] and not new_head:
         theirs = list(labels)  # a single value has no order
-    places = {label.casefold(): row for row, label in enumerate(theirs)}
-    wanted = [label.casefold() for label in labels]
     rows = {len(tensors[n]) for n in found}
-    if places.keys() == set(wanted) and rows == {len(labels)} == {len(theirs)}:
-        order = [places[label] for label in wanted]
-        for n in found:
-            tensors[n] = tensors[n][order]
-        return
+    for spell in (str, str.casefold):
+        wanted = [spell(label) for label in labels]
+        there = [spell(label) for label in theirs]
+        if rows == {len(set(wanted))} and sorted(wanted) == sorted(there):
+            order = [there.index(label) for label in wanted]
+            for n in found:
+                tensors[n] = tensors[n][order]
+            return
     whose = quote(", ".join(theirs)) if theirs else f"{max(rows)} labels without names"
     if not new_head:
         raise UserError(f"{folder}: its output head is for {whose}, not {', '.join(labels)}")

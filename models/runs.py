@@ -11,7 +11,7 @@ import torch
 from data import Task, get_task, kind_of, read_split
 from models.checkpoint import baked_state, load_model, model_sha256, read_config, read_safetensors
 from models.checkpoint import save_model, save_tensors
-from models.tokenizer import load_tokenizer, save_tokenizer
+from models.tokenizer import load_tokenizer, save_tokenizer, unknown_id
 from prune import METHODS
 from support.fetch import find_model, locate
 from support.files import read_json, sha256_of, write_json
@@ -184,16 +184,21 @@ def trained_on(path, about):
     whole = Path(path) / "task.json"
     task_file = whole if whole.is_file() else about["task_file"]
     task = get_task(None if task_file else about["task"], task_file)
-    kind = about.get("kind", task.kind)  # older runs do not say it
-    then = f"{about['task']} ({kind}) with labels {about['labels']}"
-    if then != described(task):
-        raise UserError(f"{path}: trained on {then}; the task file describes {described(task)}")
+    then = (about["task"], about.get("kind", task.kind), about["labels"])  # or without a kind
+    if then != name_of(task):
+        told = f"trained on {described(*then)}"
+        raise UserError(f"{path}: {told}; the task file describes {described(*name_of(task))}")
     return task
 
 
-def described(task):
+def name_of(task):
+    """Return what a run must share with another one to be on the same task."""
+    return task.name, task.kind, list(task.labels)
+
+
+def described(name, kind, labels):
     """Return a task as messages name it."""
-    return f"{task.name} ({task.kind}) with labels {list(task.labels)}"
+    return f"{name} ({kind}) with labels {quote(labels)}"
 
 
 # ---------- to begin from a finished run, or from a folder in Hugging Face's layout ---------------
@@ -246,7 +251,7 @@ def begin_from(run, origin):
     tensors = origin.model.state_dict()
     if run.method.masks and origin.checkpoint:
         tensors |= read_safetensors(origin.checkpoint)[0]
-    same = described(origin.task) == described(run.task)
+    same = name_of(origin.task) == name_of(run.task)
     with torch.no_grad():
         for name, p in run.model.named_parameters():
             if name in tensors and (same or not name.startswith(run.model.head_name)):
@@ -284,7 +289,7 @@ def check_vocabulary(place, tokenizer, run):
 
 def warn_of_unknown(run):
     """Say where more than a fifth of the training tokens are unknown to the tokenizer."""
-    unknown = run.tokenizer.token_to_id(run.tokenizer.model.unk_token or "")
+    unknown = unknown_id(run.tokenizer)
     share = float(np.mean(run.train_set.ids == unknown))
     if share <= 0.2:
         return

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import save as to_safetensors
 
 from models.checkpoint import parse_safetensors
-from models.runs import check_vocabulary, described, is_run, load_folder, load_run
+from models.runs import check_vocabulary, described, is_run, load_folder, load_run, name_of
 from support.files import atomic_write
 from support.machine import from_rank_0
 from support.terminal import UserError, show, tell
@@ -68,8 +68,8 @@ class Teacher:
             model, task, tokenizer, settings = load_run(self.dense_run)
             if settings["method"] != "dense":
                 raise UserError(f"{name}: a {settings['method']} run; expected a dense one")
-            theirs, ours = described(task), described(run.task)
-            if theirs != ours:
+            if name_of(task) != name_of(run.task):
+                theirs, ours = [described(*name_of(one)) for one in (task, run.task)]
                 raise UserError(f"{name}: trained on {theirs}; this run is on {ours}")
         else:
             model, tokenizer = load_folder(self.dense_run, run.task)

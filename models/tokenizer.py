@@ -279,7 +279,7 @@ def special_of(tokenizer):
 
 def word_ids(tokenizer, words):
     """Return the ids of label words. Raises UserError unless each is one token of its own."""
-    unknown = tokenizer.token_to_id(tokenizer.model.unk_token or "")
+    unknown = unknown_id(tokenizer)
     ids = []
     for word in words:
         text = spell_word(tokenizer, word)
@@ -290,6 +290,11 @@ def word_ids(tokenizer, words):
             raise UserError(f'label word "{text}": {expected}')
         ids += new
     return ids
+
+
+def unknown_id(tokenizer):
+    """Return the id of the token of what a tokenizer does not know; None if there is none."""
+    return tokenizer.token_to_id(getattr(tokenizer.model, "unk_token", None) or "")
 
 
 def spell_word(tokenizer, word):

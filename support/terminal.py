@@ -58,7 +58,7 @@ def program(main):
             silence(sys.stdout)
             text, status = "stopped: nothing reads the output any more", 141
         except (UserError, OSError) as error:
-            text, status = f"error: {' '.join(str(error).splitlines())}", 2
+            text, status = f"error: {' '.join(str(error).splitlines())[:2000]}", 2
         tell(text, sys.stderr)
         return status
 

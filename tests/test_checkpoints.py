@@ -18,7 +18,7 @@ from model import gelu
 from models.checkpoint import load_model, read_config
 from models.runs import load_run
 from support.recipes import recipe
-from support.terminal import UserError
+from support.terminal import UserError, show
 
 TINY = GOLDEN / "tiny-bert"
 WEIGHTS = "model.safetensors"
@@ -84,6 +84,17 @@ def test_a_head_goes_by_its_labels(kind, architecture, tmp_path, capsys):
     folder = foreign(tmp_path / "b", kind, names, turned, architecture)
     assert torch.equal(head_of(loaded(folder, kind)), expected)
     assert capsys.readouterr().out == ""
+
+
+def test_labels_that_differ_in_case_alone(tmp_path):
+    """Where two labels differ in case alone, case counts."""
+    folder = foreign(tmp_path / "a", "classify", ["Yes", "yes"])
+    straight = load_file(folder / WEIGHTS)["classifier.weight"]
+    for labels, expected in ((["Yes", "yes"], straight), (["yes", "Yes"], straight.flip(0))):
+        model = load_model(folder, "classifier", 2, labels=labels)
+        assert torch.equal(head_of(model), expected)
+    other = load_model(folder, "classifier", 2, labels=["YES", "x"])
+    assert not torch.equal(head_of(other), straight)
 
 
 @pytest.mark.parametrize("architecture", ["bert", "roberta"])
@@ -248,6 +259,55 @@ def test_a_foreign_teacher(tiny, dense, turned, tmp_path, capsys):
     assert losses["run"] == losses["folder"]
 
 
+@pytest.mark.parametrize("architecture", ["bert", "roberta"])
+@pytest.mark.parametrize("kind", ["classify", "score", "span", "tag"])
+def test_a_foreign_teacher_of_each_kind(kind, architecture, tiny, kinds, tmp_path, capsys):
+    """The folder of a dense run teaches and begins runs of each kind, its labels turned around.
+
+    The teacher's own metrics are those of the run. So are those of a run that begins with it.
+    """
+    base = tmp_path / "base"
+    shutil.copytree(tiny[1], base)
+    if architecture == "roberta":
+        state, _ = as_roberta(load_file(base / WEIGHTS), {}, pooled=False)
+        save_file(state, base / WEIGHTS)
+        edit_json(base / "config.json", model_type="roberta")
+    files = kinds | {"classify": tiny[3], "score": str(score_task(tiny, tmp_path))}
+    flags = [*tiny, "--model", str(base), "--task-file", files[kind]]
+    flags += ["--max-steps", "3", "--method", "dense"]
+    result = run(flags, tmp_path / "dense", lr=1e-3)
+    folder = tmp_path / "folder"
+    shutil.copytree(tmp_path / "dense" / "model", folder)
+    if kind in ("classify", "tag"):
+        state = load_file(folder / WEIGHTS)
+        for name in state:
+            if name.startswith("classifier.") and "dense" not in name:
+                if architecture == "bert" or kind == "tag" or "out_proj" in name:
+                    state[name] = state[name].flip(0).contiguous()
+        save_file(state, folder / WEIGHTS)
+        names = json.loads((folder / "config.json").read_text())["id2label"].values()
+        edit_json(folder / "config.json", id2label=dict(enumerate(reversed(list(names)))))
+    capsys.readouterr()
+    run(flags, tmp_path / "taught", teacher=folder)
+    assert f"teacher {folder}: {show(result['metrics'])}" in capsys.readouterr().out
+    options = {"method": "fixed", "lr": 0, "max_steps": 1}
+    again = run([*flags, "--from", str(folder)], tmp_path / "on", **options)
+    assert again["metrics"] == result["metrics"]
+
+
+def score_task(tiny, folder):
+    """A task file of pairs with a value, made of the pairs with a label."""
+    row = json.loads(Path(tiny[3]).read_text())
+    del row["labels"]
+    row |= {"name": "values", "columns": ["b"], "range": [0, 5], "metric": "pearson"}
+    for split in ("train", "dev"):
+        text = (Path(tiny[3]).parent / f"{split}.tsv").read_text()
+        text = text.replace("\tyes\n", "\t4\n").replace("\tno\n", "\t1\n")
+        (folder / f"{split}.tsv").write_text(text)
+    (folder / "score.json").write_text(json.dumps(row))
+    return folder / "score.json"
+
+
 def test_a_foreign_origin(tiny, dense, turned, tmp_path):
     """--from takes a folder: weights and head go on where they were."""
     out = tmp_path / "out"
@@ -287,15 +347,8 @@ def test_folders_that_cannot_teach(tiny, turned, tmp_path, capsys):
 
 def test_a_foreign_score_teaches(tiny, tmp_path):
     """A model with one output needs no names to teach a score."""
-    row = json.loads(Path(tiny[3]).read_text())
-    del row["labels"]
-    row |= {"name": "values", "columns": ["b"], "range": [0, 5], "metric": "pearson"}
-    for split in ("train", "dev"):
-        text = (Path(tiny[3]).parent / f"{split}.tsv").read_text()
-        text = text.replace("\tyes\n", "\t4\n").replace("\tno\n", "\t1\n")
-        (tmp_path / f"{split}.tsv").write_text(text)
-    (tmp_path / "task.json").write_text(json.dumps(row))
-    flags = [*tiny, "--task-file", str(tmp_path / "task.json"), "--max-steps", "2"]
+    task = str(score_task(tiny, tmp_path))
+    flags = [*tiny, "--task-file", task, "--max-steps", "2"]
     run(flags, tmp_path / "dense", method="dense")
     folder = tmp_path / "dense" / "model"
     edit_json(folder / "config.json", id2label={"0": "LABEL_0"})
