@@ -19,7 +19,7 @@ from data import Task, get_task, kind_of, load_dataset, read_split
 from kinds import metrics
 from kinds.classify import IGNORED
 from kinds.text import encode
-from support.terminal import UserError
+from support.terminal import UserError, program
 
 ROW = {"name": "t", "train": "train.tsv", "dev": "dev.tsv", "columns": ["a", "b"]}
 ROW |= {"label": "label", "labels": ["0", "1"], "metric": "accuracy", "words": ["no", "yes"]}
@@ -471,3 +471,23 @@ def test_unknown_tokens_are_told(tmp_path, tiny, capsys):
 def test_a_task_describes_itself():
     """A Task has no fields of one kind alone; they are in `options`."""
     assert not {"low", "high", "positive"} & Task.__dataclass_fields__.keys()
+
+
+@pytest.mark.parametrize("rank, said", [("0", 1), ("1", 0)])
+def test_one_process_warns(rank, said, tmp_path, monkeypatch, capsys):
+    """Of several processes only the first one warns."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    read(task_of(tmp_path), 'a\tb\tlabel\n"w1"\tw2\t0\nw3\tw2\t1\n')
+    assert capsys.readouterr().err.count("warning") == said
+
+
+def test_an_error_is_never_long(capsys):
+    """Whatever a message quotes, a command ends with a line that can be read."""
+
+    @program
+    def main(argv):
+        raise UserError("x" * 1_000_000)
+
+    assert main([]) == 2
+    assert len(capsys.readouterr().err) < 2_100
