@@ -96,8 +96,7 @@ class Classify:
         """Return the texts in the bytes `data` of a file `path`, and what is right for each.
 
         `role` is what the split is for: "train", "dev" or "test". What is right, `gold`, is None in
-        a test split. Raises UserError that names the place in the
-        file where something is not as it should be.
+        a test split. Raises UserError that names the place in the file where something is wrong.
 
         kind              a text                             its gold
         classify, score   a string, or a pair of strings     an int64 class, or a float32 value

@@ -143,8 +143,8 @@ def read_conll(path, data, labels, options):
     the last is its tag, if `options` name no "word_column" and "tag_column", counted from 1. An
     empty line and -DOCSTART- end a sentence. LF, CR LF and CR end a line.
 
-    A comment is left out. It begins with "#", and it has no tag of the form O, B-X or I-X or is
-    "# key = value". So "#hashtag O" is a word. Left out, too, are CoNLL-U's words that stand for
+    A comment is left out: "# ...", "#begin ...", "#end ...", "#key = value", or "#..." without a
+    second column. "#hashtag O" is a word. Left out, too, are CoNLL-U's words that stand for
     several or for none: these lines have a number such as 3-4 or 3.1 before the word, and no tag.
 
     Tags are in IOB1 or BIO2, and become BIO2. Without `labels`, any type of entity is accepted.
@@ -202,8 +202,10 @@ def is_word(fields, tag, word_column):
     """Does a line hold a word? See `read_conll` for those that do not."""
     if TAG.fullmatch(tag):
         return fields[0] != "#" or fields[2:3] != ["="]  # "# text = Vitamin O", as in CoNLL-U
-    several = word_column > 1 and re.fullmatch(r"\d+[-.]\d+", fields[0])
-    return not several and not fields[0].startswith("#")
+    if fields[0].startswith("#"):
+        known = fields[0] in ("#", "#begin", "#end") or fields[1:2] == ["="]
+        return len(fields) > 1 and not known  # "#hashtag B_X" is a word, whose tag is wrong
+    return not (word_column > 1 and re.fullmatch(r"\d+[-.]\d+", fields[0]))
 
 
 def sentences_in(path, data, options):

@@ -17,28 +17,10 @@ def read_task_file(path):
 
         {"name": "mine", "train": "train.tsv", "dev": "dev.tsv", "columns": ["question", "answer"],
          "label": "label", "labels": ["bad", "good"], "words": ["no", "yes"], "metric": "accuracy"}
-        {"name": "squad-fr", "kind": "span", "train": "train.json", "dev": "dev.json",
-         "words": ["yes", "no"], "metric": ["f1", "em"]}
 
-    Paths are relative to the JSON file. "test" may name a third file. "metric" may be a list, and
-    the first one selects the best checkpoint. "words" are the label words, which SMP needs.
-    "kind" says what the files are, and which other keys there are:
-    - "classify" (default): TSVs with a header line, .csv (RFC 4180) or .jsonl (an object on each
-      line). "columns" are one or two columns of text, "label" is the column of labels, and "labels"
-      are the strings or whole numbers in it. "quoted": true reads a TSV whose fields are quoted, as
-      pandas writes it. The metric "f1" is F1 of the second label, and of another one with
-      "positive": LABEL, which more than two labels need. "macro_f1" is the mean of F1 over all
-      labels; a label that is neither predicted nor there counts 0. "matthews" is for two labels.
-      "class_weights": "balanced" weighs the losses of rare labels more; their mean weight is 1.
-    - "score": the same files, with "range": [0, 5] in place of "labels". Its two words are for the
-      low end and for the high end.
-    - "span": JSON files in the form of SQuAD v1.1. Its two words are for the start and the end.
-      "longest_answer": N predicts answers of up to N tokens, not 30. "skip_misplaced": true leaves
-      out the questions of the training file whose answer is not at its place.
-    - "tag": files in the form of CoNLL-2003. "labels" are "O" and the tags in BIO2. Without this
-      key they are those of the training file. "word_column" and "tag_column", counted from 1, are
-      the first and the last column if they are not given. "class_weights" is as above.
-    A name that ends in .gz is unpacked. Raises UserError with the key that is wrong.
+    Paths are relative to the JSON file. docs/methods.md explains every key (To add a task). Among
+    them are "kind", which says what the files are, and "positive": without it the metric "f1" is F1
+    of the second label. Raises UserError with the key that is wrong.
     """
     row = read_json(path)
 

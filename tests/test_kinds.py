@@ -255,6 +255,7 @@ def test_addresses(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fetch.urllib.request, "urlopen", refusing)
     monkeypatch.setenv("GLUE_URL", "http://mirror/x")
+    monkeypatch.setenv("NANOPRUNE_CACHE", str(tmp_path / "cache"))
     for name, split in (("squad", "dev"), ("conll2003", "train"), ("cola", "train")):
         with pytest.raises(UserError, match="no network; run again, or put"):
             fetch.locate(get_task(name), split, tmp_path)

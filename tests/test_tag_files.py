@@ -114,13 +114,14 @@ def test_a_packed_file(tmp_path):
 
 
 def test_comments():
-    """A line that begins with "#" is a comment if it has no tag; a hashtag with a tag is a word."""
+    """Comments are left out; a hashtag is a word, and one with a wrong tag is refused."""
     comments = "# sent_id = 3\n#\thttp://x [2009]\n#begin document (x); part 0\n#id\n#\n"
     assert read(comments + "a O\n# more\nb B-A\n") == ([["a", "b"]], [["O", "B-A"]])
     assert read("# text = Vitamin O\na O\n")[0] == [["a"]]
     assert read("#foo B-A\n# # O\n#\tI-A\n")[0] == [["#foo", "#", "#"]]
     assert read("a I-A\n# x\nb I-A\n")[1] == [["B-A", "I-A"]]  # it ends no entity
     wrong("#foo B-C\n", "FILE:1", 'unknown tag "B-C"')
+    wrong("#foo B_A\n", "FILE:1", "B_A")
 
 
 GERMEVAL = "#\tn-tv.de [2005]\n1\tNew York\tB-A\tO\n2\tist\tO\tO\n\n#\tx [2005]\n1\tda\tO\tO\n"
