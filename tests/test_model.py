@@ -649,15 +649,18 @@ NOT_READ = {
 }
 REPOS = {
     "org/tiny": FILES | NOT_READ,
+    "org/config": FILES | NOT_READ,
     "org/old": {"config.json": FILES["config.json"]} | NOT_READ,
 }
 # huggingface_hub reads its settings when it is imported, so another process has to import it.
 ASK = """
 import json, sys
-from support.fetch import UserError, find_model
-for name in sys.stdin:
+from support.fetch import UserError, find_config, find_model
+for name in map(str.strip, sys.stdin):
     try:
-        print(json.dumps([str(find_model(name.strip())), None]), flush=True)
+        config = name.startswith("config of ")
+        found = find_config(name.split()[-1]) if config else str(find_model(name))
+        print(json.dumps([found, None]), flush=True)
     except UserError as error:
         print(json.dumps([None, str(error)]), flush=True)
     assert "torch" not in sys.modules
@@ -668,8 +671,9 @@ for name in sys.stdin:
 def hub(tmp_path_factory):
     """An imitated hub, and a process that looks for models there.
 
-    `.ask(name)` returns what `find_model` returns or its error, `.got` lists the files that were
-    asked for, `.port` is the hub's port, and `.close()` switches the hub off.
+    `.ask(name)` returns what `find_model` returns, of "config of NAME" what `find_config` does, or
+    its error. `.got` lists the files that were asked for, `.port` is the hub's port, and `.close()`
+    switches the hub off.
     """
     got = []
     home = tmp_path_factory.mktemp("hub")
@@ -760,6 +764,12 @@ def test_hub_gives_what_is_read(hub):
     assert close(load(folder)(**inputs()), load(TINY)(**inputs()))
     (folder / WEIGHTS).unlink()
     assert contents(hub.ask("org/tiny")) == FILES
+
+
+def test_the_hub_gives_config_alone(hub):
+    """The recipe asks for config.json before anything is loaded, and for no other file."""
+    assert hub.ask("config of org/config")["model_type"] == "bert"
+    assert {name for name in hub.got if "org/config" in name} == {"org/config/config.json"}
 
 
 def test_hub_has_only_bin(hub):
