@@ -84,7 +84,7 @@ class Span(Classify):
         """Warn where many first answers are too long to be predicted, or wholly in no window."""
         first, last = dataset.labels.T
         tokens = np.zeros(len(dataset.examples), int)
-        np.maximum.at(tokens, dataset.owner, np.where(last > 0, last - first + 1, 0))
+        np.maximum.at(tokens, dataset.owner, np.where(last > 0, abs(last - first) + 1, 0))
         tokens = tokens[[bool(answers) for _, answers in dataset.gold]]
         most = self.task.options.get("longest_answer", LONGEST_ANSWER)
         if len(tokens) and np.mean((tokens > most) | (tokens == 0)) > 0.05:

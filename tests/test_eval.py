@@ -37,6 +37,12 @@ def test_a_missed_density_is_told(achieved, warns, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_small_densities_differ_in_the_warning(capsys):
+    """The warning shows so many digits that the two densities differ."""
+    evaluation.warn_of_density(0.0001, 0.000134)
+    assert "density 0.000134 was achieved where 0.0001 was asked for" in capsys.readouterr().out
+
+
 def test_totals_of_a_table():
     """A table of counts gets sums, not means, at its end."""
     table = evaluation.with_totals(np.array([[1, 2], [3, 4]]))

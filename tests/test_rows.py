@@ -208,13 +208,18 @@ def test_whole_numbers_are_labels(tmp_path):
     assert read(task, "a\tb\tlabel\nx\ty\t7\n")[1].tolist() == [1]
 
 
-def test_many_labels(tmp_path):
-    """10,000 labels are read, and a message lists ten of them."""
+def test_many_labels(tmp_path, tiny):
+    """10,000 labels are read and train, and a message lists ten of them."""
     task = task_of(tmp_path, labels=[f"L{i}" for i in range(10_000)], words=None)
     rows = "".join(f"x\ty\tL{i}\n" for i in range(10_000))
     assert read(task, f"a\tb\tlabel\n{rows}")[1].tolist() == list(range(10_000))
     with pytest.raises(UserError, match="L9 or one of 9,990 others"):
         read(task, "a\tb\tlabel\nx\ty\tz\n")
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}.tsv").write_text("a\tb\tlabel\nw1\tw2\tL9999\nw2\tw1\tL0\n")
+    flags = [*tiny, "--task-file", str(tmp_path / "task.json"), "--max-steps", "2"]
+    result = run(flags, tmp_path / "run", method="dense")
+    assert 0 <= result["metrics"]["accuracy"] <= 1
 
 
 def test_f1_has_a_positive_label(tmp_path):

@@ -428,6 +428,16 @@ def test_no_warning_without_answers(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_no_warning_of_a_character_of_several_tokens(capsys):
+    """Its tokens are bytes at one place, and its label ends before it begins; it is not lost."""
+    texts, gold = [("who", "in \u6771 now")], [("q", [("\u6771", 3)])]
+    arrays = encode_windows(texts, gold, byte_level(True), 64)
+    make_dataset(kind_with(), (texts, gold), arrays, 64)
+    assert capsys.readouterr().err == ""
+    make_dataset(kind_with(longest_answer=2), (texts, gold), arrays, 64)
+    assert "100.0% of the answers have more than 2 tokens, and 0.0%" in capsys.readouterr().err
+
+
 def test_the_warning_comes_from_the_cache_too(tmp_path, capsys):
     """So it does of train and dev."""
     (tmp_path / "task.json").write_text(json.dumps(TASK | {"longest_answer": 1}))
