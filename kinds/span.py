@@ -84,7 +84,7 @@ class Span(Classify):
         """Warn where many first answers are too long to be predicted, or wholly in no window."""
         first, last = dataset.labels.T
         tokens = np.zeros(len(dataset.examples), int)
-        np.maximum.at(tokens, dataset.owner, np.where(last > 0, abs(last - first) + 1, 0))
+        np.maximum.at(tokens, dataset.owner, np.where(last > 0, last - first + 1, 0))
         tokens = tokens[[bool(answers) for _, answers in dataset.gold]]
         most = self.task.options.get("longest_answer", LONGEST_ANSWER)
         if len(tokens) and np.mean((tokens > most) | (tokens == 0)) > 0.05:
@@ -285,8 +285,9 @@ def label_in(places, answer):
     begins, ends = places[context].T
     if not answer or not len(context) or answer[0] < begins[0] or answer[1] > ends[-1]:
         return 0, 0
-    first = np.searchsorted(begins, answer[0], "right") - 1
-    return context[first], context[np.searchsorted(ends, answer[1])]
+    first = np.searchsorted(ends, answer[0], "right")  # that ends after the answer begins
+    last = np.searchsorted(begins, answer[1]) - 1  # that begins before it ends
+    return context[first], context[last]
 
 
 def best_answers(logits, dataset):

@@ -265,19 +265,19 @@ TOKENIZERS = {"bert": word_piece(), "bytes": byte_level(False), "trimmed": byte_
 
 
 def plain_label(places, answer, start):
-    """The label of an answer in a window, by the formula for answers without odd ends."""
+    """The label of an answer in a window: the first and the last token that overlap it."""
     context = np.flatnonzero(places[:, 1])
     begins, ends = places[context].T
     end = start + len(answer)
     if not len(context) or start < begins[0] or end > ends[-1]:
         return [0, 0]
-    first = np.searchsorted(begins, start, "right") - 1
-    return [context[first], context[np.searchsorted(ends, end)]]
+    overlap = context[(begins < end) & (ends > start)]
+    return [overlap[0], overlap[-1]]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_labels_of_ordinary_answers(name):
-    """They are those of the plain formula, in every window.
+    """They are the tokens of the answer, in every window.
 
     Answers begin and end anywhere but at a space: inside of tokens, too, and in characters of
     several bytes, each of which is a token; they straddle windows.
