@@ -225,7 +225,8 @@ def arrange_head(folder, tensors, name, labels, new_head):
             return
     whose = quote(", ".join(theirs)) if theirs else f"{max(rows)} labels without names"
     if not new_head:
-        raise UserError(f"{folder}: its output head is for {whose}, not {', '.join(labels)}")
+        expected = quote(", ".join(labels))
+        raise UserError(f"{folder}: its output head is for {whose}; expected {expected}")
     for n in found:
         del tensors[n]
     tell(f"{folder}: its output head is for {whose}; a new one is drawn")

@@ -114,7 +114,7 @@ def test_another_head_is_new(names, kind, architecture, tmp_path, capsys):
     assert "a new one is drawn" in said and said.count("\n") == 1
     assert head_of(model).std() < 0.1  # N(0, 0.02), and not what the file holds
     if names == "others":
-        with pytest.raises(UserError, match="its output head is for .x0.*, not"):
+        with pytest.raises(UserError, match="its output head is for .x0.*; expected"):
             loaded(folder, kind, new_head=False)
 
 
@@ -327,7 +327,7 @@ def test_folders_that_cannot_teach(tiny, turned, tmp_path, capsys):
         shutil.copytree(turned, tmp_path / name)
         bad[name] = tmp_path / name
     edit_json(bad["labels"] / "config.json", id2label={"0": "a", "1": "b"})
-    refused(capsys, [*flags, bad["labels"]], bad["labels"], '"a, b", not no, yes')
+    refused(capsys, [*flags, bad["labels"]], bad["labels"], '"a, b"; expected "no, yes"')
     edit_json(bad["unnamed"] / "config.json", id2label={"0": "LABEL_0", "1": "LABEL_1"})
     refused(capsys, [*flags, bad["unnamed"]], "2 labels without names")
     text = (bad["words"] / "tokenizer.json").read_text().replace('"w7"', '"v7"')

@@ -512,7 +512,7 @@ HOSTILE = [
     (words_of_numbers, "not a whole mask file"),
     (half_a_character, "not a whole mask file"),
     (unknown_dtype, "dtype is 'int3'"),
-    (swapped_labels, "with labels ['yes', 'no']"),
+    (swapped_labels, "['yes', 'no']"),
     (third_word, "3 label words"),
 ]
 
