@@ -1,5 +1,6 @@
 """The kind "tag": each word of a sentence has a tag, as in CoNLL-2003."""
 
+import functools
 import re
 import textwrap
 from itertools import chain
@@ -133,7 +134,10 @@ class Tag(Classify):
 
 # ---------- files ---------------------------------------------------------------------------------
 
-TAG = re.compile("O|[BI]-.+")
+
+@functools.cache
+def is_tag(text):
+    return re.fullmatch("O|[BI]-.+", text) is not None
 
 
 def read_conll(path, data, labels, options):
@@ -155,12 +159,12 @@ def read_conll(path, data, labels, options):
     labels = dict.fromkeys(labels)  # fast where they are many
     sentences = sentences_in(path, data, options)
     if "word_column" not in options:
-        refuse_numbers(sentences)
+        refuse_numbers(path, sentences)
     for sentence in sentences:
         tags = ["O"]
-        for place, _, tag in sentence:
+        for number, _, tag in sentence:
             if tag not in labels:
-                check_tag(place, tag, labels)
+                check_tag(f"{path}:{number}", tag, labels)
             if tag.startswith("I-") and tag[2:] != tags[-1][2:]:
                 tag = "B-" + tag[2:]  # in IOB1 the first word of an entity may have I
             tags.append(tag)
@@ -200,7 +204,7 @@ def line_of(columns):
 
 def is_word(fields, tag, word_column):
     """Does a line hold a word? See `read_conll` for those that do not."""
-    if TAG.fullmatch(tag):
+    if is_tag(tag):
         return fields[0] != "#" or fields[2:3] != ["="]  # "# text = Vitamin O", as in CoNLL-U
     if fields[0].startswith("#"):
         known = fields[0] in ("#", "#begin", "#end") or fields[1:2] == ["="]
@@ -209,7 +213,7 @@ def is_word(fields, tag, word_column):
 
 
 def sentences_in(path, data, options):
-    """Return the sentences of a file: lists of (place in the file, word, tag)."""
+    """Return the sentences of a file: lists of (number of the line, word, tag)."""
     sentences = [[]]
     word_column = options.get("word_column", 1)
     where = f"column {options['tag_column']}" if "tag_column" in options else "the last column"
@@ -218,20 +222,21 @@ def sentences_in(path, data, options):
     for number, line in enumerate(re.split("\r{0,2}\n|\r", decode(path, data)), 1):
         fields = split_line(line)
         tag_column = options.get("tag_column", len(fields))
-        word, tag = ["".join(fields[i - 1 : i]) for i in (word_column, tag_column)]
+        word = fields[word_column - 1] if word_column <= len(fields) else ""
+        tag = fields[tag_column - 1] if tag_column <= len(fields) else ""
         if word_column == tag_column:
-            word, tag = ("", tag) if TAG.fullmatch(tag) else (word, "")  # it cannot be both
+            word, tag = ("", tag) if is_tag(tag) else (word, "")  # it cannot be both
         if not any(fields) or "-DOCSTART-" in fields[:word_column]:
             sentences.append([])
         elif is_word(fields, tag, word_column):
             if not word or not tag:
                 lacks = "tag" if word else "word"
                 raise UserError(f"{path}:{number}: no {lacks} in {quote(line)}; {expected}")
-            sentences[-1].append((f"{path}:{number}", word, tag))
+            sentences[-1].append((number, word, tag))
     return [sentence for sentence in sentences if sentence]
 
 
-def refuse_numbers(sentences):
+def refuse_numbers(path, sentences):
     """Raise UserError if the words of each sentence are 1, 2, 3 and so on, or 0, 1, 2."""
     for sentence in sentences:
         words = [word for _, word, _ in sentence if not re.fullmatch(r"\d+[-.]\d+", word)]
@@ -239,14 +244,14 @@ def refuse_numbers(sentences):
         if words not in (numbers[1:], numbers[:-1]):
             return
     if any(len(sentence) > 1 for sentence in sentences):
-        place = sentences[0][0][0]
+        place = f"{path}:{sentences[0][0][0]}"
         hint = 'give "word_column" in the task file (1, if these are the words)'
         raise UserError(f"{place}: the first column counts 1, 2, 3 in each sentence; {hint}")
 
 
 def check_tag(place, tag, labels):
     """Raise UserError for a tag in another scheme and, if there are `labels`, for any other tag."""
-    if not TAG.fullmatch(tag):
+    if not is_tag(tag):
         schemes = "IOB1 and BIO2, which have O, B-X and I-X"
         hint = 'change the tags, or give "tag_column" in the task file'
         raise UserError(f"{place}: {quote(tag)} is no tag of {schemes}; {hint}")
