@@ -334,7 +334,7 @@ def load_dataset(task, split, tokenizer, max_length, data_dir="data", labelled=F
     cached = folder / f"{task.name}-{split}-{key}.safetensors"
     text = read_split(task, split, path, data, labelled) if kind.keeps_text else None
     try:
-        return make_dataset(kind, text, safetensors.numpy.load_file(cached), max_length)
+        return make_dataset(kind, text, safetensors.numpy.load_file(cached), max_length, split)
     except (OSError, TypeError, SafetensorError):
         pass  # the file is missing or damaged, or it lacks an array, so we tokenise
     text = text or read_split(task, split, path, data, labelled)
@@ -343,15 +343,15 @@ def load_dataset(task, split, tokenizer, max_length, data_dir="data", labelled=F
         atomic_write(cached, safetensors.numpy.save(arrays))
     except OSError as error:
         tell(f"no token cache: {error}", sys.stderr)
-    return make_dataset(kind, text, arrays, max_length)
+    return make_dataset(kind, text, arrays, max_length, split)
 
 
-def make_dataset(kind, text, arrays, max_length):
+def make_dataset(kind, text, arrays, max_length, split="input"):
     """Return the Dataset of these arrays; `text` is from `read_split`."""
     dataset = Dataset(kind, **arrays, max_length=max_length)
     if kind.keeps_text:
         dataset.examples = list(zip(*text))
-    kind.check(dataset)
+    kind.check(dataset, f"{kind.task.name} {split}")
     return dataset
 
 

@@ -143,11 +143,11 @@ class Classify:
         arrays = encode(texts, tokenizer, max_length)
         return arrays if gold is None else arrays | {"labels": gold}
 
-    def check(self, dataset):
-        """Warn of what a data set has lost."""
+    def check(self, dataset, name):
+        """Warn of what a data set has lost; `name` is that of its task and split."""
         share = 0.0 if dataset.cut is None else np.mean(dataset.cut)
         if share > 0.05:
-            where = f"the texts of {self.task.name} are cut at --max-length {dataset.max_length}"
+            where = f"the texts of {name} are cut at --max-length {dataset.max_length}"
             warn(f"{share:.0%} of {where}")
 
     def learn_from(self, dataset):

@@ -80,7 +80,7 @@ class Span(Classify):
     def encode(self, texts, gold, tokenizer, max_length):
         return encode_windows(texts, gold, tokenizer, max_length)
 
-    def check(self, dataset):
+    def check(self, dataset, name):
         """Warn where many first answers are too long to be predicted, or wholly in no window."""
         first, last = dataset.labels.T
         tokens = np.zeros(len(dataset.examples), int)
@@ -91,7 +91,7 @@ class Span(Classify):
             long = f"{np.mean(tokens > most):.1%} of the answers have more than {most} tokens"
             lost = f"{np.mean(tokens == 0):.1%} are not wholly in a window"
             cure = 'try a larger "longest_answer" in the task file, or a larger --max-length'
-            warn(f"{self.task.name}: {long}, and {lost}; {cure}")
+            warn(f"{name}: {long}, and {lost}; {cure}")
 
     def choices(self, logits, mask):
         table = logits.transpose(1, 2)  # (B, T, 2) -> (B, 2, T)

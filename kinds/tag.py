@@ -93,14 +93,14 @@ class Tag(Classify):
     def encode(self, texts, gold, tokenizer, max_length):
         return encode_words(texts, gold, self.task.labels, tokenizer, max_length)
 
-    def check(self, dataset):
+    def check(self, dataset, name):
         """Warn of words without a token. More than 5% of them are an error, if there are tags."""
         words = sum(len(words) for words, _ in dataset.examples)
         lost = words - np.count_nonzero(dataset.places >= 0)
         if not lost:
             return
         count = f"{lost:,} of {words:,} words ({lost / words:.1%}) have no token"
-        text = f"{self.task.name}: {count} in --max-length {dataset.max_length}"
+        text = f"{name}: {count} in --max-length {dataset.max_length}"
         if lost > 0.05 * words and dataset.examples[0][1] is not None:
             longest = max(len(words) for words, _ in dataset.examples)
             cures = "an empty line ends a sentence; or give a larger --max-length"

@@ -269,7 +269,7 @@ def test_cut_texts_are_told(tmp_path, capsys):
     for _ in range(2):  # the second time from the cache
         load_dataset(task, "train", word_tokenizer(), 16, tmp_path)
         said = capsys.readouterr().err
-        assert said == "warning: 10% of the texts of t are cut at --max-length 16\n"
+        assert said == "warning: 10% of the texts of t train are cut at --max-length 16\n"
     load_dataset(task, "train", word_tokenizer(), 64, tmp_path)
     assert capsys.readouterr().err == ""
 

@@ -408,7 +408,7 @@ def warning_for(longs, losts, fine, capsys, **options):
 def test_warning_of_long_answers(capsys):
     """One line has both shares where more than 5% are lost; 5% are not enough."""
     said = warning_for(6, 1, 13, capsys)
-    assert said.startswith("warning: mine: 30.0% of the answers have more than 30 tokens, and 5.0%")
+    assert said.startswith("warning: mine input: 30.0% of the answers have more than 30 tokens, and 5.0%")
     assert '"longest_answer"' in said and "--max-length" in said
     assert said.count("\n") == 1
     assert warning_for(1, 1, 18, capsys)
@@ -447,7 +447,7 @@ def test_the_warning_comes_from_the_cache_too(tmp_path, capsys):
     task = get_task(None, tmp_path / "task.json")
     for split in ("train", "train", "dev", "dev"):
         load_dataset(task, split, word_piece(), 16, tmp_path)
-        assert "warning: mine: 100.0% of the answers" in capsys.readouterr().err
+        assert "warning: mine train: 100.0% of the answers" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------

@@ -297,7 +297,7 @@ def test_lost_words_are_an_error(tmp_path, capsys):
     task = task_of(tmp_path, dev=file_of([3000]))
     with pytest.raises(UserError) as caught:
         load_dataset(task, "dev", word_tokenizer(), 32, tmp_path)
-    words = ("mine: 2,970 of 3,000 words (99.0%)", "longest sentence has 3,000 words")
+    words = ("mine dev: 2,970 of 3,000 words (99.0%)", "longest sentence has 3,000 words")
     for word in (*words, "an empty line ends a sentence", "--max-length"):
         assert word in str(caught.value)
     task = task_of(tmp_path, dev=file_of([31] + [3] * 3))  # 1 of 40 is lost
@@ -311,7 +311,7 @@ def test_lost_words_of_your_own_text_are_a_warning(capsys):
     arrays = kind.encode(texts, gold, word_tokenizer(), 32)
     assert set(arrays["labels"]) == {IGNORED}
     make_dataset(kind, (texts, gold), arrays, 32)
-    assert "warning: mine: 270 of 300 words" in capsys.readouterr().err
+    assert "warning: mine input: 270 of 300 words" in capsys.readouterr().err
 
 
 def test_a_sentence_without_words():
