@@ -447,7 +447,7 @@ def test_the_warning_comes_from_the_cache_too(tmp_path, capsys):
     task = get_task(None, tmp_path / "task.json")
     for split in ("train", "train", "dev", "dev"):
         load_dataset(task, split, word_piece(), 16, tmp_path)
-        assert "warning: mine train: 100.0% of the answers" in capsys.readouterr().err
+        assert f"warning: mine {split}: 100.0% of the answers" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------

@@ -302,7 +302,7 @@ def test_lost_words_are_an_error(tmp_path, capsys):
         assert word in str(caught.value)
     task = task_of(tmp_path, dev=file_of([31] + [3] * 3))  # 1 of 40 is lost
     load_dataset(task, "dev", word_tokenizer(), 32, tmp_path)
-    assert "warning: mine: 1 of 40 words (2.5%)" in capsys.readouterr().err
+    assert "warning: mine dev: 1 of 40 words (2.5%)" in capsys.readouterr().err
 
 
 def test_lost_words_of_your_own_text_are_a_warning(capsys):
