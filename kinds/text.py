@@ -65,23 +65,23 @@ def read_rows(
             near = wrong == "no column" and name in [column.strip(' "') for column in header]
             hint = f"; remove the spaces around it, or {CURE}" if near else ""
             raise UserError(f"{path}:1: {wrong} {quote(name)}; {found}{hint}")
-    places = [header.index(name) for name in names]
+    places = [header.index(name) for name in columns]
+    last = header.index(label) if label else None
     while len(header) > 1 and rows and rows[-1][1] == [""]:
         rows.pop()  # empty lines at the end
     found = []
     for number, fields in rows:
-        missing = header[len(fields) :]
-        if missing and (drop_broken or (official and fields == [""])):
-            continue
-        if missing or (len(fields) > len(header) and not official):
-            hint = hint_of(fields, missing, form, may_be_quoted)
-            counts = f"{len(fields)} columns, expected {len(header)}"
-            raise UserError(f"{path}:{number}: {counts}: {hint}")
-        *texts, last = [fields[place] for place in places]
-        if not label:
-            texts.append(last)
+        if len(fields) != len(header):
+            missing = header[len(fields) :]
+            if missing and (drop_broken or (official and fields == [""])):
+                continue
+            if missing or not official:
+                hint = hint_of(fields, missing, form, may_be_quoted)
+                counts = f"{len(fields)} columns, expected {len(header)}"
+                raise UserError(f"{path}:{number}: {counts}: {hint}")
+        texts = [fields[place] for place in places]
         text = texts[0] if len(texts) == 1 else tuple(texts)
-        found.append((text, last if label else "", f"{path}:{number}"))
+        found.append((text, fields[last] if label else "", f"{path}:{number}"))
     if may_be_quoted:
         warn_of_quotes(found)
     return found
