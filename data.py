@@ -1,7 +1,7 @@
 """GLUE, SQuAD, CoNLL-2003 or a task of your own, as token ids in flat numpy arrays.
 
 - `TASKS` has one row for each task. A row holds everything that this program knows about the task.
-- A task is of a kind, a class in kinds/ that reads its files. GLUE's is in kinds/classify.py.
+- A task is of a kind: a class in kinds/ that reads its files. Most of GLUE is `Classify`.
 - The official files are checked by the sha256 of the sources and by the number of rows.
 - A folder of official files is enough to work offline. A read-only one stays untouched.
 - A split is tokenised once, into a cache file. An epoch is a list of index arrays.
@@ -196,14 +196,12 @@ def get_task(name=None, task_file=None):
     return TASKS[name]
 
 
-def read_split(task, split, path, data, labelled=False):
+def read_split(task, split, path, data, role=None):
     """Return the texts in the bytes `data` of a file `path`, and what is right for each (`gold`).
 
-    `labelled`: a test split has labels, too. See `read` of the task's kind. Raises UserError where
-    something is not as it should be.
+    `role`, and the errors: see `read` of the task's kind. None: the name of the split says it.
     """
-    role = "dev" if labelled else split.split("_")[0]
-    texts, gold = kind_of(task).read(role, path, data)
+    texts, gold = kind_of(task).read(role or split.split("_")[0], path, data)
     if not texts:
         raise UserError(f"{path}: no row of data")
     expected = task.rows.get(split, len(texts))
@@ -317,8 +315,8 @@ class Dataset:
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-def load_dataset(task, split, tokenizer, max_length, data_dir="data", labelled=False):
-    """Return a split as a Dataset, if possible from the cache. `labelled`: see `read_split`."""
+def load_dataset(task, split, tokenizer, max_length, data_dir="data", role=None):
+    """Return a split as a Dataset, if possible from the cache. `role`: see `read_split`."""
     if max_length < 8:
         raise UserError(f"--max-length {max_length}: expected at least 8")
     kind = kind_of(task)
@@ -326,18 +324,19 @@ def load_dataset(task, split, tokenizer, max_length, data_dir="data", labelled=F
     path = locate(task, split, data_dir)
     data = path.read_bytes()
     # The key of the cache file is made of all that decides the ids, and of nothing else.
-    reading = replace(task, name=split, words=(), metrics=(), files={}, other_names=(), sources=())
+    role = role or split.split("_")[0]
+    reading = replace(task, name=role, words=(), metrics=(), files={}, other_names=(), sources=())
     reading.rows = task.rows.get(split)
-    about = f"format 3, {max_length}, {labelled}, {reading}, {tokenizer.to_str()}"
+    about = f"format 3, {max_length}, {reading}, {tokenizer.to_str()}"
     key = hashlib.sha256(hashlib.sha256(data).digest() + about.encode()).hexdigest()[:32]
     folder = data_dir / "cache" if writable(data_dir) else cache_home() / "tokens"
     cached = folder / f"{task.name}-{split}-{key}.safetensors"
-    text = read_split(task, split, path, data, labelled) if kind.keeps_text else None
+    text = read_split(task, split, path, data, role) if kind.keeps_text else None
     try:
         return make_dataset(kind, text, safetensors.numpy.load_file(cached), max_length, split)
     except (OSError, TypeError, SafetensorError):
         pass  # the file is missing or damaged, or it lacks an array, so we tokenise
-    text = text or read_split(task, split, path, data, labelled)
+    text = text or read_split(task, split, path, data, role)
     arrays = kind.encode(*text, tokenizer, max_length)
     try:
         atomic_write(cached, safetensors.numpy.save(arrays))
@@ -356,8 +355,8 @@ def make_dataset(kind, text, arrays, max_length, split="input"):
 
 
 def load_dev(task, tokenizer, max_length, data_dir, split=None):
-    """Return {split: Dataset}: of another `split`, or of dev, for MNLI of its other half, too."""
-    options = (tokenizer, max_length, data_dir, True)
+    """Return {split: Dataset}: of one `split`, or of all dev splits, of which MNLI has two."""
+    options = (tokenizer, max_length, data_dir, "dev")
     names = [split] if split else task.eval_splits
     return {name: load_dataset(task, name, *options) for name in names}
 

@@ -32,7 +32,7 @@ from support.fetch import locate
 from support.files import atomic_write, is_stream
 from support.machine import DEVICES, pick_device
 from support.matrices import encoder_matrices
-from support.terminal import show, tell
+from support.terminal import show, tell, warn
 
 # ---------- metrics -------------------------------------------------------------------------------
 
@@ -50,7 +50,7 @@ def evaluate(model, task, dev_sets, device, dtype):
 def warn_of_density(asked, achieved):
     """Say that a run has missed the density asked for, if it has by more than 10%."""
     if asked and abs(achieved / asked - 1) > 0.1:
-        tell(f"warning: density {achieved:.3g} was achieved where {asked:.3g} was asked for")
+        warn(f"density {achieved:.3g} was achieved where {asked:.3g} was asked for")
 
 
 # ---------- the report of a run -------------------------------------------------------------------
@@ -125,7 +125,7 @@ def score(path, task, split, data_dir):
     """Print the metrics of a file of predictions, by whatever system."""
     kind = kind_of(task)
     source = locate(task, split, data_dir)
-    texts, gold = read_split(task, split, source, source.read_bytes(), labelled=True)
+    texts, gold = read_split(task, split, source, source.read_bytes(), role="dev")
     predicted = kind.read_predictions(path, texts, gold)
     print(f"{path}: {show(kind.measure(predicted, gold, split))}")
 

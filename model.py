@@ -59,18 +59,19 @@ class BertConfig:
         return self.max_position_embeddings
 
 
-# ---------- the encoder ---------------------------------------------------------------------------
-#
-# An nn.ModuleDict stands where Hugging Face has a level of names and the mathematics has none.
-
-
+# The names of GELU in config.json: of the exact one, and of its approximation by tanh.
 EXACT = ("gelu", "gelu_python")
 BY_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 
 
 def gelu(x, name):
-    """Return GELU(x), exact or approximated by tanh, as config.json names it."""
+    """Return GELU(x), exact or by tanh, as config.json names it."""
     return F.gelu(x, approximate="none" if name in EXACT else "tanh")
+
+
+# ---------- the encoder ---------------------------------------------------------------------------
+#
+# An nn.ModuleDict stands where Hugging Face has a level of names and the mathematics has none.
 
 
 class Embeddings(nn.Module):
@@ -83,10 +84,9 @@ class Embeddings(nn.Module):
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.pad_token_id = config.pad_token_id
 
     def forward(self, input_ids, token_type_ids):
-        if self.token_type_embeddings.num_embeddings == 1:  # whatever the tokenizer says
+        if self.token_type_embeddings.num_embeddings == 1:  # the tokenizer may give type 1, too
             token_type_ids = torch.zeros_like(token_type_ids)
         hidden = self.word_embeddings(input_ids)  # (B, T, C)
         hidden = hidden + self.token_type_embeddings(token_type_ids)

@@ -504,8 +504,6 @@ def finish(run):
 
 def choose(given):
     """Return the settings, and the source of those that were not given: a run, or a recipe."""
-    if given.keys() >= {"from_run", "resume"}:
-        raise UserError("--from and --resume: give one; a run remembers where it began")
     if given.get("resume"):
         out = Path(given.get("out") or settings_from(given).out)
         if (out / "config.json").exists():

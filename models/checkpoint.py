@@ -250,11 +250,12 @@ def check_tensors(folder, tensors, shapes, may_be_absent):
     A line names those outside the encoder that the model does not have.
     """
     absent = [n for n in shapes if n not in tensors and not n.startswith(may_be_absent)]
-    left = [n for n in tensors if n not in shapes and not n.startswith(MAY_BE_EXTRA)]
-    extra = [n for n in left if n.startswith("bert.")]  # a model that computes something else
-    left = [n for n in tensors if n == DECODER or (n in left and n not in extra)]
-    if left:
-        tell(f"{folder}: not used: {quote(', '.join(left))}")
+    rest = [n for n in tensors if n not in shapes]
+    unusual = [n for n in rest if n == DECODER or not n.startswith(MAY_BE_EXTRA)]
+    extra = [n for n in unusual if n.startswith("bert.")]  # a model that computes something else
+    unused = [n for n in unusual if not n.startswith("bert.")]
+    if unused:
+        tell(f"{folder}: not used: {quote(', '.join(unused))}")
     problems = []
     if absent:
         problems.append(f"missing {', '.join(absent[:8])}")

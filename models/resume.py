@@ -81,7 +81,7 @@ def load_progress(run, data, path):
     run.teacher.load(run)
 
 
-# Where something lies may be another place than before, see `check_resumed`.
+# What may be given anew: where something lies now. `check_resumed` compares what it holds.
 MAY_CHANGE = ("resume", "out", "device", "data_dir", "model", "task_file", "from_run")
 
 
@@ -96,7 +96,8 @@ def resumed(given, out, Settings):
     if saved.keys() != {f.name for f in fields(Settings)}:
         raise UserError(f"{path}: not the settings of a run of this version of train.py")
     for name, value in given.items():
-        if name not in MAY_CHANGE and value != saved[name]:
+        may_change = name in MAY_CHANGE and saved[name] is not None
+        if value != saved[name] and not may_change:
             raise UserError(f"{as_flag(name)} {value}: {path} was started with {saved[name]}")
     if saved["task_file"] and (out / "task.json").is_file():
         saved["task_file"] = str(out / "task.json")

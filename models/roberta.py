@@ -33,7 +33,11 @@ class RobertaConfig(BertConfig):
 
 
 class RobertaEmbeddings(Embeddings):
-    """Positions count from the padding id + 1, and padding that a text itself holds has none."""
+    """Positions count from the padding id + 1. Padding that a text itself holds is not counted."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.pad_token_id = config.pad_token_id
 
     def positions(self, input_ids):
         is_text = input_ids != self.pad_token_id  # (B, T)

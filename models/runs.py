@@ -260,8 +260,8 @@ def begin_from(run, origin):
 
 def is_run(folder):
     """Is this the folder of a run? Else it may be a model in Hugging Face's layout."""
-    path = Path(folder) / "config.json"
-    return "settings" in read_json(path) or "model_type" not in read_json(path)
+    config = read_json(Path(folder) / "config.json")
+    return "settings" in config or "model_type" not in config
 
 
 def load_folder(folder, task, seed=None):

@@ -71,6 +71,8 @@ class Teacher:
             if name_of(task) != name_of(run.task):
                 theirs, ours = [described(*name_of(one)) for one in (task, run.task)]
                 raise UserError(f"{name}: trained on {theirs}; this run is on {ours}")
+            if run.kind.tokenizer(tokenizer).to_str() != run.kind.tokenizer(run.tokenizer).to_str():
+                raise UserError(f"{name}: its tokenizer differs from that of {run.settings.model}")
         else:
             model, tokenizer = load_folder(self.dense_run, run.task)
         check_vocabulary(name, tokenizer, run)

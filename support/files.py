@@ -118,7 +118,7 @@ def cache_home():
 
 
 def make_folder(path):
-    """Create a folder if we may. What needs it names it, so that nothing fails where none does."""
+    """Create a folder if we may. If not, the first file that must be there is the error."""
     with suppress(OSError):
         os.makedirs(path, exist_ok=True)
 

@@ -78,6 +78,19 @@ def tiny(tmp_path_factory):
     return flags
 
 
+def score_task(tiny, folder):
+    """A task file of pairs with a value, made of the pairs with a label."""
+    row = json.loads(Path(tiny[3]).read_text())
+    del row["labels"]
+    row |= {"name": "values", "columns": ["b"], "range": [0, 5], "metric": "pearson"}
+    for split in ("train", "dev"):
+        text = (Path(tiny[3]).parent / f"{split}.tsv").read_text()
+        text = text.replace("\tyes\n", "\t4\n").replace("\tno\n", "\t1\n")
+        (folder / f"{split}.tsv").write_text(text)
+    (folder / "score.json").write_text(json.dumps(row))
+    return folder / "score.json"
+
+
 def squad_file(count, rng):
     """Questions in the form of SQuAD: w70 to w80 are an answer, after the word of the question."""
     paragraphs = []

@@ -2,11 +2,10 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, score_task
 from safetensors.torch import load_file, save_file
 from test_errors import edit_json, refused
 from test_model import inputs
@@ -293,19 +292,6 @@ def test_a_foreign_teacher_of_each_kind(kind, architecture, tiny, kinds, tmp_pat
     options = {"method": "fixed", "lr": 0, "max_steps": 1}
     again = run([*flags, "--from", str(folder)], tmp_path / "on", **options)
     assert again["metrics"] == result["metrics"]
-
-
-def score_task(tiny, folder):
-    """A task file of pairs with a value, made of the pairs with a label."""
-    row = json.loads(Path(tiny[3]).read_text())
-    del row["labels"]
-    row |= {"name": "values", "columns": ["b"], "range": [0, 5], "metric": "pearson"}
-    for split in ("train", "dev"):
-        text = (Path(tiny[3]).parent / f"{split}.tsv").read_text()
-        text = text.replace("\tyes\n", "\t4\n").replace("\tno\n", "\t1\n")
-        (folder / f"{split}.tsv").write_text(text)
-    (folder / "score.json").write_text(json.dumps(row))
-    return folder / "score.json"
 
 
 def test_a_foreign_origin(tiny, dense, turned, tmp_path):

@@ -31,16 +31,16 @@ def test_each_dev_set_has_its_own_metric(monkeypatch):
 def test_a_missed_density_is_told(achieved, warns, capsys):
     """A run that misses the density by more than a tenth says so."""
     evaluation.warn_of_density(0.1, achieved)
-    said = "was achieved where 0.1 was asked for" in capsys.readouterr().out
+    said = "was achieved where 0.1 was asked for" in capsys.readouterr().err
     assert said == warns
     evaluation.warn_of_density(None, achieved)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
 
 
 def test_small_densities_differ_in_the_warning(capsys):
     """The warning shows so many digits that the two densities differ."""
     evaluation.warn_of_density(0.0001, 0.000134)
-    assert "density 0.000134 was achieved where 0.0001 was asked for" in capsys.readouterr().out
+    assert "density 0.000134 was achieved where 0.0001 was asked for" in capsys.readouterr().err
 
 
 def test_totals_of_a_table():

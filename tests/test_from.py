@@ -85,6 +85,27 @@ def test_fixed(method, tiny, halves, tmp_path, capsys):
     same(out, again)
 
 
+def test_an_origin_may_move(tiny, halves, tmp_path, capsys):
+    """A resumed run takes its origin from another place, but no other origin."""
+    origin = tmp_path / "origin"
+    shutil.copytree(halves / "pins", origin)
+    options = {"method": "fixed", "lr": 1e-3, "eval_every": 5} | STEPS
+    flags = [*tiny, *flags_of(**options), "--from"]
+    run([*flags, str(origin)], tmp_path / "whole")
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prune.Fixed, "update", interrupted_at(7, prune.Fixed.update))
+        assert train.main([*flags, str(origin), "--out", str(out)]) != 0
+    moved = tmp_path / "moved"
+    shutil.move(origin, moved)
+    again = ["--out", str(out), "--resume"]
+    refused(capsys, [*again, "--from", halves / "movement"], "sha256_of_from")
+    assert train.main([*again, "--from", str(moved)]) == 0
+    same(tmp_path / "whole", out)
+    alone = ["--out", halves / "pins", "--resume", "--from", moved]
+    refused(capsys, alone, "was started with None")
+
+
 def test_pruning_further_resumes(tiny, halves, tmp_path):
     """A run that prunes further, interrupted after it has zeroed more, ends as an unbroken one."""
     options = {"method": "pins", "density": 0.3, "pins_window": 2, "hold": 0, "lr": 1e-3}
@@ -122,7 +143,7 @@ def test_the_head_comes_along(tiny, kinds, halves, tmp_path):
 
 
 def test_bad_beginnings(tiny, halves, tmp_path, capsys):
-    """Another base, another method, an unfinished run, --resume, and fixed without a run."""
+    """Another base, another method, an unfinished run, and fixed without a run."""
     begin = [*tiny, "--out", tmp_path / "out", "--from"]
     other = ["--method", "movement"]
     refused(capsys, [*begin, halves / "pins", *other], "a pins run; expected movement, or fixed")
@@ -136,7 +157,6 @@ def test_bad_beginnings(tiny, halves, tmp_path, capsys):
     shutil.copytree(halves / "movement", based)
     Path(based, "config.json").write_text(json.dumps(config | {"model_sha256": "0"}))
     refused(capsys, [*begin, based, *other], "began with another model")
-    refused(capsys, [*begin, halves / "movement", *other, "--resume"], "--from and --resume")
     refused(capsys, [*tiny, "--method", "fixed", "--out", tmp_path / "x"], "give --from RUN")
     assert not (tmp_path / "out").exists()
 

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import forks
 import numpy as np
 import pytest
+from conftest import score_task
 from test_errors import refused
 
 import data
@@ -270,15 +271,8 @@ def made(tiny, tmp_path_factory):
     """A finished run on pairs of texts, and one on single texts with a value as its label."""
     folder = tmp_path_factory.mktemp("used")
     assert train.main([*tiny, "--max-steps", "3", "--out", str(folder / "pairs")]) == 0
-    task = json.loads(Path(tiny[3]).read_text())
-    del task["labels"]
-    task |= {"name": "values", "columns": ["b"], "range": [0, 5], "metric": "pearson"}
-    for split in ("train", "dev"):
-        text = (Path(tiny[3]).parent / f"{split}.tsv").read_text()
-        text = text.replace("\tyes\n", "\t4\n").replace("\tno\n", "\t1\n")
-        (folder / f"{split}.tsv").write_text(text)
-    (folder / "task.json").write_text(json.dumps(task))
-    flags = [*tiny[:3], str(folder / "task.json"), *tiny[4:], "--method", "dense", "--lr", "1e-2"]
+    task = str(score_task(tiny, folder))
+    flags = [*tiny[:3], task, *tiny[4:], "--method", "dense", "--lr", "1e-2"]
     assert train.main([*flags, "--max-steps", "3", "--out", str(folder / "values")]) == 0
     return folder
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import word_tokenizer
+from safetensors.torch import load_file
 from test_errors import refused
 from test_train import run
 
@@ -218,8 +219,9 @@ def test_many_labels(tmp_path, tiny):
     for split in ("train", "dev"):
         (tmp_path / f"{split}.tsv").write_text("a\tb\tlabel\nw1\tw2\tL9999\nw2\tw1\tL0\n")
     flags = [*tiny, "--task-file", str(tmp_path / "task.json"), "--max-steps", "2"]
-    result = run(flags, tmp_path / "run", method="dense")
-    assert 0 <= result["metrics"]["accuracy"] <= 1
+    run(flags, tmp_path / "run", method="dense")
+    weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert len(weights["classifier.weight"]) == 10_000
 
 
 def test_f1_has_a_positive_label(tmp_path):
@@ -471,11 +473,6 @@ def test_unknown_tokens_are_told(tmp_path, tiny, capsys):
     said = capsys.readouterr().err
     assert "28.6% of the training tokens are [UNK]" in said
     assert "bonjour" in said and "monde" in said and "w1" not in said
-
-
-def test_a_task_describes_itself():
-    """A Task has no fields of one kind alone; they are in `options`."""
-    assert not {"low", "high", "positive"} & Task.__dataclass_fields__.keys()
 
 
 @pytest.mark.parametrize("rank, said", [("0", 1), ("1", 0)])

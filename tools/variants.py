@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so it runs fr
 
 import support.terminal  # noqa: F401  (first: it says "loading torch")
 
-
 import torch
 
 from prune import METHODS, Dense, Pins, SMPLocal, SMPShared
