@@ -162,8 +162,8 @@ def test_a_run_that_misses_its_density_says_so(tiny, tmp_path, capsys):
     flags = ["--method", "soft-movement", "--density", "0.03", "--max-steps", "2"]
     assert run(tiny, out, *flags) == 0
     warning = "warning: density"
-    assert warning in capsys.readouterr().out.splitlines()[-1]
+    assert warning in capsys.readouterr().err
     assert evaluation.main([str(out), "--data-dir", tiny[5]]) == 0
-    assert warning in capsys.readouterr().out
+    assert warning in capsys.readouterr().err
     assert run(tiny, tmp_path / "met", "--method", "smp-l", "--max-steps", "2") == 0
-    assert warning not in capsys.readouterr().out
+    assert warning not in capsys.readouterr().err
