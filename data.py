@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 
 from kinds import KINDS
 from kinds.classify import IGNORED
+from kinds.official import OFFICIAL
 from kinds.task_file import SPLITS, read_task_file
 from support.fetch import DEMO, locate
 from support.files import atomic_write, cache_home, make_folder, writable
@@ -51,6 +52,7 @@ class Task:
     header: tuple = ()  # the column names, where labelled files have no header line
     drop_broken: bool = False  # whether to drop rows with missing fields, and not refuse them
     options: dict = field(default_factory=dict)  # what else a task file says, for its kind
+    settings: dict = field(default_factory=dict)  # those of a run that only its kind uses
 
     def __post_init__(self):
         if self.files is None:
@@ -64,9 +66,15 @@ class Task:
         return [name for name in self.files if name.startswith("dev")]
 
 
-def kind_of(task):
+def kind_of(task, tokenizer=None):
     """Return the object of its kind that knows how to read, decide and measure this task."""
-    return KINDS[task.kind](task)
+    return KINDS[task.kind](task, tokenizer)
+
+
+def with_settings(task, settings):
+    """Return a task with what its kind uses of the settings {name: value} of a run."""
+    used = KINDS[task.kind].uses
+    return replace(task, settings={name: settings[name] for name in used})
 
 
 def glue_file(name, sha256):
@@ -78,7 +86,7 @@ NLI = ("entailment", "neutral", "contradiction")
 ENTAILED = ("entailment", "not_entailment")
 
 # fmt: off
-OFFICIAL_TASKS = (
+GLUE = (
     Task(name="cola", folder="CoLA",
          labels=("unacceptable", "acceptable"), words=("incorrect", "correct"),
          metrics=("matthews",), columns=("sentence",),
@@ -149,34 +157,12 @@ OFFICIAL_TASKS = (
          files={"test": "AX.tsv"}, rows=(1_104,),
          sources=glue_file("AX.tsv",
                            "0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd")),
-    Task(name="squad", folder="SQuAD", kind="span",
-         labels=("start", "end"), words=("yes", "no"),
-         metrics=("f1", "em"), columns=("question", "context"),
-         files={"train": "train-v1.1.json", "dev": "dev-v1.1.json"},
-         rows=(87_599, 10_570),
-         sources=(
-             ("https://rajpurkar.github.io/SQuAD-explorer/dataset/train-v1.1.json",
-              "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955"),
-             ("https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v1.1.json",
-              "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9"))),
-    Task(name="conll2003", folder="CoNLL-2003", kind="tag",
-         labels=("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC"),
-         words=("the", "John", "Smith", "company", "Inc", "London", "England", "German", "Cup"),
-         metrics=("entity_f1", "entity_precision", "entity_recall"),
-         files={"train": "CoNLL-2003/train.txt", "dev": "CoNLL-2003/valid.txt",
-                "test": "CoNLL-2003/test.txt"},
-         other_names={"train": ("train.txt", "eng.train"), "dev": ("valid.txt", "eng.testa"),
-                      "test": ("test.txt", "eng.testb")},
-         columns=("sentence",),
-         rows=(14_041, 3_250, 3_453),
-         sources=(
-             ("https://data.deepai.org/conll2003.zip",
-              "96a104d174ddae7558bab603f19382c5fe02ff1da5c077a7f3ce2ced1578a2c3"),)),
 )
 # fmt: on
 
 # The demo is described by demo/task.json, which is a task file like yours.
-TASKS = {"demo": None} | {task.name: task for task in OFFICIAL_TASKS}
+TASKS = {"demo": None} | {task.name: task for task in GLUE}
+TASKS |= {name: Task(name, **row) for name, row in OFFICIAL.items()}  # those outside GLUE
 
 
 def get_task(name=None, task_file=None):
@@ -319,7 +305,7 @@ def load_dataset(task, split, tokenizer, max_length, data_dir="data", role=None)
     """Return a split as a Dataset, if possible from the cache. `role`: see `read_split`."""
     if max_length < 8:
         raise UserError(f"--max-length {max_length}: expected at least 8")
-    kind = kind_of(task)
+    kind = kind_of(task, tokenizer)
     data_dir = Path(data_dir)
     path = locate(task, split, data_dir)
     data = path.read_bytes()

@@ -32,19 +32,24 @@ from support.fetch import locate
 from support.files import atomic_write, is_stream
 from support.machine import DEVICES, pick_device
 from support.matrices import encoder_matrices
-from support.terminal import show, tell, warn
+from support.terminal import figure, show, tell, warn
 
 # ---------- metrics -------------------------------------------------------------------------------
 
 
-def evaluate(model, task, dev_sets, device, dtype):
+def evaluate(model, dev_sets, device, dtype):
     """Return the metrics {name: value} over `dev_sets` {split: Dataset}; see `load_dev`."""
-    kind = kind_of(task)
     metrics = {}
     for split, dataset in dev_sets.items():
-        predicted = kind.predict(model, dataset, device, dtype)
-        metrics |= kind.measure(predicted, dataset.gold, split)
+        predicted = dataset.kind.predict(model, dataset, device, dtype)
+        metrics |= dataset.kind.measure(predicted, dataset.gold, split)
     return metrics
+
+
+def manner(dev_sets):
+    """Return in brackets how predictions are made for data sets; "" where there is one way."""
+    hows = {dataset.kind.how for dataset in dev_sets.values()} - {""}
+    return "".join(f" ({how})" for how in hows)
 
 
 def warn_of_density(asked, achieved):
@@ -63,12 +68,12 @@ def report(run, loaded, which, device, data_dir, split=None):
     """
     model, task, tokenizer, s = loaded
     dev_sets = load_dev(task, tokenizer, s["max_length"], data_dir, split)
-    metrics = evaluate(model.to(device), task, dev_sets, device, s["dtype"])
+    metrics = evaluate(model.to(device), dev_sets, device, s["dtype"])
     step = "last step" if which == "model" else "best checkpoint"
     on = f"{task.name} {split}" if split else task.name
-    print(f"{run}: {s['method']} on {on}, {step}, {s['dtype']}")
+    print(f"{run}: {s['method']} on {on}, {step}, {s['dtype']}{manner(dev_sets)}")
     for name, value in metrics.items():
-        print(f"  {name:17} {100 * value:.2f}")
+        print(f"  {name:17} {figure(name, value)}")
     kept, sizes = kept_weights(model)
     warn_of_density(s["density"], kept.sum() / sizes.sum())
     print_densities(kept, sizes, list(model.matrices))
@@ -136,7 +141,6 @@ def write_predictions(loaded, device, data_dir, split, path):
     `loaded`: what `load_run` returns.
     """
     model, task, tokenizer, s = loaded
-    kind = kind_of(task)
     dataset = load_dataset(task, split, tokenizer, s["max_length"], data_dir)
     if os.path.isfile(path) and not is_stream(path):
         with open(path, "rb") as file:
@@ -144,9 +148,9 @@ def write_predictions(loaded, device, data_dir, split, path):
         if not ours:
             only = "only a TSV of predictions is written over; name another file"
             raise UserError(f"{path}: is there already, and {only}")
-    predicted = kind.predict(model.to(device), dataset, device, s["dtype"])
+    predicted = dataset.kind.predict(model.to(device), dataset, device, s["dtype"])
     exact = split in task.eval_splits  # --score shall find what was measured
-    atomic_write(path, kind.as_file(predicted, dataset, exact))
+    atomic_write(path, dataset.kind.as_file(predicted, dataset, exact))
     stream = sys.stderr if is_stream(path) else sys.stdout
     tell(f"{path}: {len(predicted):,} predictions of {task.name} {split}", stream)
 
@@ -168,7 +172,7 @@ def label_texts(loaded, device, path):
     the labels has probabilities.
     """
     model, task, tokenizer, s = loaded
-    kind = kind_of(task)
+    kind = kind_of(task, tokenizer)
     if path == "-":
         path = "standard input"
         found = kind.read_input(path, sys.stdin.buffer.read(), task.columns)

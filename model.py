@@ -48,6 +48,8 @@ class BertConfig:
     pad_token_id: int = 0
     hidden_act: str = "gelu"
 
+    framed = True  # special tokens stand around a text
+
     @property
     def head_act(self):
         """Return the activation of the MLM head."""
@@ -254,6 +256,7 @@ class Bert(nn.Module):
     heads = HEADS
     mlm_class = "BertForMaskedLM"  # the class of transformers with an MLM head ...
     bare_class = "BertModel"  # ... and without a head
+    inner = "bert."  # how the names of the parameters inside begin
     hub_prefix = "bert"  # what the names of a bare model lack
     hub_names = {}  # {prefix of a name in Hugging Face's layout: ours}, where they differ
 

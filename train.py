@@ -28,8 +28,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from data import batches, get_task, kind_of, load_dataset, load_dev, micro_batches
-from eval import evaluate, warn_of_density
+from data import batches, get_task, kind_of, load_dataset, load_dev, micro_batches, with_settings
+from eval import evaluate, manner, warn_of_density
+from kinds import KINDS
 from models.checkpoint import load_model, read_config
 from models.resume import Progress, load_progress, resumed, save_progress
 from models.runs import begin_from, check_resumed, describe, describe_result, read_origin
@@ -61,7 +62,7 @@ class Settings:
     """
 
     model: str = "demo"  # demo, a folder in Hugging Face's layout, or a Hugging Face id
-    task: str = "demo"  # demo, cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, squad, conll2003
+    task: str = "demo"  # demo, a task of GLUE, squad, conll2003, e2e, webnlg or dart
     task_file: str = None  # your own task: a JSON file, see README
     method: tuple(METHODS) = "smp-s"  # how to prune; fixed needs --from
     density: POSITIVE_SHARE = None  # fraction kept; recipe 0.1, pins 0.2 (span 0.1), l0, soft none
@@ -70,7 +71,7 @@ class Settings:
     resume: bool = False  # continue the run in --out bit-exactly from its last checkpoint
 
     data_dir: str = "data"  # folder of the data; what is missing is downloaded there
-    max_length: COUNT = None  # tokens of an example; recipe 128, span 384 (SMP code), tag 256
+    max_length: COUNT = None  # tokens of an example; recipe by kind: 128 to 512
 
     epochs: COUNT = None  # passes over the training set; recipe by method and task
     max_steps: COUNT_OR_OFF = 0  # optimizer steps of the whole run in place of epochs; 0: off
@@ -100,14 +101,18 @@ class Settings:
     teacher: str = None  # none, RUN (dense), self (own best) or self:RUN; recipe pins self
     teacher_split: number(float, "[0, 0.5]") = 0.0  # of train, to choose self; 0: on dev
 
+    label_smoothing: BELOW_ONE = None  # generate: share of the loss for all tokens alike; recipe
+    beams: COUNT = None  # generate: beams of the last evaluation; recipe. Earlier ones are greedy
+    length_penalty: number(float, "[-10, 10]") = None  # generate: power of the length; recipe
+    no_repeat_ngram: COUNT_OR_OFF = None  # generate: tokens that come once in a row; 0: off; recipe
+    max_new_tokens: COUNT = None  # generate: most tokens of a text; recipe 128
+    eval_sources: COUNT = 500  # generate: dev sources, at most, of all but the last evaluation
+
     eval_every: COUNT_OR_OFF = 0  # steps between evaluations, each with a checkpoint; 0: per epoch
     patience: COUNT_OR_OFF = 0  # stop after so many evaluations without a new best; 0: off
     log_every: COUNT = 50  # steps between log lines
     device: DEVICES = "auto"  # where to run
     dtype: DTYPES = None  # autocast; recipe auto: bf16 where the device computes in it; demo fp32
-
-
-SETTINGS_OF_METHODS = {name for Method in METHODS.values() for name in Method.uses}
 
 
 def recipe_of(s):
@@ -130,7 +135,8 @@ def settings_from(given):
             setattr(s, one, 0)  # unused
     s.density = check_pattern(s.pattern, s.density)
     published = recipe_of(s)
-    check_use(s.method, given, published)
+    check_use(s.method, METHODS, given, published)
+    check_use(get_task(s.task, s.task_file).kind, KINDS, given, published)
     for name, value in published.items():
         if getattr(s, name, "no setting") is None:
             setattr(s, name, value)
@@ -156,12 +162,16 @@ def check_model_and_task(s, given):
         raise UserError(f"--task {s.task}: {only}; give --model, too")
 
 
-def check_use(method, given, published):
-    """Raise UserError for a setting that the method would ignore, unless it changes nothing."""
-    for name in given.keys() & SETTINGS_OF_METHODS - set(METHODS[method].uses):
+def check_use(user, users, given, published):
+    """Raise UserError for a setting that one of `users` ignores, unless it changes nothing.
+
+    `users` are the methods, or the kinds of task, by name.
+    """
+    of_some = {name for other in users.values() for name in other.uses}
+    for name in given.keys() & of_some - set(users[user].uses):
         value = given[name]
         if value not in (published.get(name), getattr(Settings, name)):
-            raise UserError(f"{as_flag(name)} {value}: {method} does not use it")
+            raise UserError(f"{as_flag(name)} {value}: {user} does not use it")
 
 
 def default_out(s):
@@ -189,7 +199,7 @@ class Run:
         waits = int(os.environ.get("LOCAL_RANK", 0)) > 0
         if waits:
             dist.barrier()
-        self.task = get_task(s.task, s.task_file)
+        self.task = with_settings(get_task(s.task, s.task_file), vars(s))
         self.kind = kind_of(self.task)
         self.load_model(s)
         self.load_data(s)
@@ -203,9 +213,9 @@ class Run:
         self.source = source_of(s, s.out if s.resume else None)
         _, config = read_config(self.source)
         check_sizes(s, config)
-        self.tokenizer = load_tokenizer(self.source, config.vocab_size)
+        self.tokenizer = load_tokenizer(self.source, config.vocab_size, config.framed)
         self.origin = read_origin(self) if s.from_run else None
-        head = METHODS[s.method].output_head
+        head = self.kind.own_head or METHODS[s.method].output_head
         if head is None:
             if self.origin is None:
                 raise UserError(f"--method {s.method}: needs a run to start from; give --from RUN")
@@ -226,7 +236,8 @@ class Run:
         self.train_set = load_dataset(self.task, "train", self.tokenizer, s.max_length, s.data_dir)
         warn_of_unknown(self)
         self.kind.learn_from(self.train_set)
-        self.dev_sets = load_dev(self.task, self.tokenizer, s.max_length, s.data_dir)
+        self.whole_dev = load_dev(self.task, self.tokenizer, s.max_length, s.data_dir)
+        self.dev_sets = {name: part.kind.quick(part) for name, part in self.whole_dev.items()}
         self.held_out = {}  # part of train to choose the teacher on
         if s.teacher_split:
             if len(self.train_set.gold) < 2:
@@ -295,7 +306,7 @@ class Run:
         return batches(self.train_set.lengths, s.batch_size, s.seed, epoch, s.max_tokens)
 
     def measure(self, model, dev_sets):
-        return evaluate(model, self.task, dev_sets, self.device, self.dtype)
+        return evaluate(model, dev_sets, self.device, self.dtype)
 
     def speed(self, step):
         """Return the examples per second of the steps so far, without evaluations and teaching."""
@@ -453,7 +464,8 @@ def evaluate_step(run, step):
     progress.metrics = metrics = run.measure(run.model, run.dev_sets)
     density = run.method.achieved()
     run.log.row(step=step, density=density, metrics=metrics)
-    tell(f"{run.at(step)}  density {density:.4f}  dev: {show(metrics)}")
+    how = manner(run.dev_sets)
+    tell(f"{run.at(step)}  density {density:.4f}  dev: {show(metrics)}{how}")
     main = run.task.metrics[0]
     best = progress.best
     last_chance = best is None and step == run.total_steps
@@ -492,12 +504,15 @@ def finish(run):
     """Write the model of the last step, the scores, and result.json; return what that holds."""
     write_model(run, "model")
     write_scores(run, run.out)
+    for name, whole in run.whole_dev.items():
+        if whole is not run.dev_sets[name]:  # training has measured a part
+            run.progress.metrics = run.measure(run.model, {name: whole})
     result = describe_result(run)
     if run.rank == 0:
         write_json(run.out / "result.json", result)
     achieved = result["achieved_density"]
     at = f"at density {achieved:.4f}, {run.progress.seconds:.0f} s"
-    tell(f"{run.out}: {show(run.progress.metrics)} {at}")
+    tell(f"{run.out}: {show(run.progress.metrics)}{manner(run.whole_dev)} {at}")
     warn_of_density(run.settings.density, achieved)
     return result
 

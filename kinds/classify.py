@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from kinds.metrics import f1, macro_f1, pearson
+from kinds.metrics import balanced, f1, macro_f1, pearson
 from kinds.text import check_lines, encode, read_rows
 from support.machine import autocast, inputs, send
 from support.terminal import UserError, live, quote, warn
@@ -51,6 +51,10 @@ class Classify:
     label_per_token = False  # is a label that of a token, or that of a row?
     keeps_text = False  # do predictions and metrics need the texts?
     picks_label = True  # is a prediction one of the labels?
+    own_head = None  # the output head that every method has on this kind; None: the method's
+    teaches_beside = False  # does a teacher compute beside the student? Else it fills a table
+    uses = ()  # the settings that only some kinds use; a task has them as `settings`
+    how = ""  # how predictions are made, where there is more than one way
     metrics = {
         "accuracy": lambda predicted, labels: float(np.mean(predicted == labels)),
         "f1": f1,  # of the positive class, see `metric`
@@ -64,8 +68,9 @@ class Classify:
     # Further keys, which may lack: what each may hold, see `options_in`. They are `task.options`.
     options = {"quoted": bool, "positive": str, "class_weights": ("balanced",)}
 
-    def __init__(self, task):
+    def __init__(self, task, tokenizer=None):
         self.task = task
+        self.tokenizer_used = tokenizer  # for the data sets of this object
         self.classes = {text: number for number, text in enumerate(task.spelling)}
         self.class_weights = None  # (K,), see `learn_from`
 
@@ -102,6 +107,7 @@ class Classify:
         classify, score   a string, or a pair of strings     an int64 class, or a float32 value
         span              a pair (question, context)         (id, [(answer, its first character)])
         tag               a list of words                    a list of tags
+        generate          a source (training: and its text)  a list of texts
         """
         task = self.task
         quoted = task.options.get("quoted", False)
@@ -153,9 +159,7 @@ class Classify:
     def learn_from(self, dataset):
         """Warn of a training set of one label. Take the weights of the classes, if a task has them.
 
-        A class that n of N decisions have weighs N / (n * number of such classes), as in sklearn,
-        and a class without an example weighs 0. IGNORED decisions do not count. So the mean over
-        the N decisions is 1, and the learning rate keeps its meaning. Teachers are not weighted.
+        IGNORED decisions do not count. Teachers are not weighted.
         """
         labels = dataset.labels[dataset.labels != IGNORED]
         if self.picks_label and len(labels) > 1 and np.all(labels == labels[0]):
@@ -163,9 +167,7 @@ class Classify:
             what = f"every training example of {self.task.name} has the label {only}"
             warn(f"{what}, so nothing else can be learned")
         if "class_weights" in self.task.options:
-            counts = np.bincount(labels, minlength=len(self.task.labels))
-            there = counts > 0
-            weights = there * len(labels) / np.maximum(counts, 1) / max(1, there.sum())
+            weights = balanced(labels, len(self.task.labels))
             self.class_weights = torch.tensor(weights, dtype=torch.float32)
 
     # decisions and their losses
@@ -248,6 +250,10 @@ class Classify:
         """Return what a teacher says of the training set: a tensor for `losses_taught`."""
         return self.logits(model, dataset, device, dtype).to(device)
 
+    def quick(self, dataset):
+        """Return what is measured of a dev split during training: a part of it, or all."""
+        return dataset
+
     def predict(self, model, dataset, device, dtype):
         """Return the predictions for each example of a split."""
         return self.predictions(self.logits(model, dataset, device, dtype), dataset)
@@ -255,7 +261,8 @@ class Classify:
     def predictions(self, logits, dataset):
         """Return what the logits of a split say of each example.
 
-        classify: classes (N,). score: values (N,). span: strings. tag: lists of tags.
+        classify: classes (N,). score: values (N,). span: strings. tag: lists of tags. The kind
+        generate has no logits of a split, and its own `predict`, which returns strings.
         """
         return logits.argmax(dim=1).numpy()
 
@@ -292,6 +299,7 @@ class Classify:
         are, also those outside the range of the task.
         span: {id: answer} in JSON, as SQuAD's official script takes it.
         tag: lines of word, gold, predicted, and an empty line after a sentence, as for conlleval.
+        generate: a line for each source.
         """
         rows = [f"{i}\t{text}\n" for i, text in enumerate(self.spell(predicted, exact))]
         return HEADER + "".join(rows)
@@ -305,6 +313,10 @@ class Classify:
         labels = len(self.task.labels) if self.picks_label else 0
         shares = logits.softmax(dim=1)[:, :labels].numpy()
         return self.spell(self.predictions(logits, dataset)), shares
+
+    def further_files(self, tokenizer):
+        """Return {name: value} of the JSON files that a folder for `transformers` has besides."""
+        return {}
 
     def read_predictions(self, path, texts, gold):
         """Return the predictions in a file that has the form of `as_file`, in the order of a split.

@@ -46,3 +46,15 @@ def shared_words(words, right):
     """Return F1 of two bags of words, or of two sets; 0 where both are empty."""
     shared = sum((Counter(words) & Counter(right)).values())
     return 2 * shared / (len(words) + len(right)) if shared else 0.0
+
+
+def balanced(labels, classes):
+    """Return the weights (K,) of K `classes`, of N labels.
+
+    A class that n labels have weighs N / (n * number of such classes), as in sklearn, and a class
+    without an example weighs 0. So the mean over the N labels is 1, and the learning rate keeps its
+    meaning.
+    """
+    counts = np.bincount(labels, minlength=classes)
+    there = counts > 0
+    return there * len(labels) / np.maximum(counts, 1) / max(1, there.sum())

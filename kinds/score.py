@@ -25,8 +25,8 @@ class Score(Classify):
     needed = {"columns", "label", "range"}
     options = {"quoted": bool}
 
-    def __init__(self, task):
-        super().__init__(task)
+    def __init__(self, task, tokenizer=None):
+        super().__init__(task, tokenizer)
         self.low, self.high = task.options.get("range", (0.0, 5.0))
 
     @classmethod

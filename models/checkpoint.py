@@ -11,6 +11,7 @@ from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 
 from model import BY_TANH, EXACT, Bert
+from models.gpt2 import GPT2
 from models.roberta import Roberta
 from prune import masked_linears
 from support.fetch import model_files
@@ -18,7 +19,7 @@ from support.files import atomic_write, read_json, sha256_of, write_json
 from support.terminal import UserError, quote, tell
 
 # The class of each "model_type" of config.json.
-ARCHITECTURES = {"bert": Bert, "roberta": Roberta}
+ARCHITECTURES = {"bert": Bert, "roberta": Roberta, "gpt2": GPT2}
 
 # ---------- files of tensors ----------------------------------------------------------------------
 
@@ -54,8 +55,18 @@ def save_tensors(path, tensors, **header):
 
 
 def model_sha256(folder):
-    """Return the hex digest of a checkpoint's weights, which tells to which a mask belongs."""
-    return sha256_of(*model_files(folder))
+    """Return the hex digest of a checkpoint's weights, which tells to which a mask belongs.
+
+    Where there are none, the random ones depend on config.json.
+    """
+    files = [Path(folder) / "config.json"] if is_without_weights(folder) else model_files(folder)
+    return sha256_of(*files)
+
+
+def is_without_weights(folder):
+    """Does a folder describe a model that starts from random weights?"""
+    Model, _ = read_config(folder)
+    return hasattr(Model, "draw") and not any(Path(folder).glob("*.safetensors*"))
 
 
 # What the keys of config.json may be, the value first that they have if they are not there.
@@ -74,21 +85,22 @@ def read_config(folder):
     """
     path = Path(folder) / "config.json"
     raw = read_json(path)
-    for key, supported in SUPPORTED.items():
+    Model = ARCHITECTURES.get(raw.get("model_type", "bert"), Bert)  # another one is refused
+    for key, supported in (SUPPORTED | getattr(Model.Config, "supported", {})).items():
         found = raw.get(key, supported[0])
         if found not in supported:
             expected = " or ".join(map(repr, supported))
             raise UserError(f"{path}: {key} is {found!r}; expected {expected}")
-    Model = ARCHITECTURES[raw.get("model_type", "bert")]
     values = {}
-    if raw.get("pad_token_id") is None:
-        raw.pop("pad_token_id", None)
+    for key in ("pad_token_id", "n_inner"):
+        if raw.get(key) is None:
+            raw.pop(key, None)
     for field in fields(Model.Config):
         value = raw.get(field.name, field.default)
         if field.type is str:  # one of SUPPORTED
             values[field.name] = value
             continue
-        most = 1 if field.name.endswith("prob") else 10**9
+        most = 1 if field.name.endswith(DROPOUTS) else 10**9
         if type(value) not in (int, field.type) or not 0 <= value <= most:
             expected = f"expected {field.type.__name__} from 0 to {most:,}"
             raise UserError(f"{path}: {field.name} is {value!r}; {expected}")
@@ -103,6 +115,7 @@ def read_config(folder):
 
 
 DECODER = "cls.predictions.decoder.weight"
+DROPOUTS = ("prob", "pdrop")  # how the names of probabilities of dropout end
 
 
 def read_checkpoint(folder):
@@ -111,16 +124,23 @@ def read_checkpoint(folder):
     These are Hugging Face's names of today or, for RoBERTa, those that BERT would have.
     """
     Model, _ = read_config(folder)
-    tensors = {}
+    found = {}
     for path in model_files(folder):
-        for name, tensor in read_safetensors(path)[0].items():
-            if name.endswith("position_ids"):  # a buffer that old versions saved
-                continue
-            if name.endswith((".gamma", ".beta")):  # LayerNorm in checkpoints from TensorFlow
-                name = name.replace(".gamma", ".weight").replace(".beta", ".bias")
-            if name.startswith(("embeddings.", "encoder.", "pooler.")):  # from a bare BertModel
-                name = f"{Model.hub_prefix}.{name}"
-            tensors[our_name(name, Model.hub_names)] = tensor.float()
+        found |= {name: tensor.float() for name, tensor in read_safetensors(path)[0].items()}
+    if hasattr(Model, "from_hub"):
+        try:
+            return Model.from_hub(found)
+        except ValueError as error:
+            raise UserError(f"{folder}: {error}") from None
+    tensors = {}
+    for name, tensor in found.items():
+        if name.endswith("position_ids"):  # a buffer that old versions saved
+            continue
+        if name.endswith((".gamma", ".beta")):  # LayerNorm in checkpoints from TensorFlow
+            name = name.replace(".gamma", ".weight").replace(".beta", ".bias")
+        if name.startswith(("embeddings.", "encoder.", "pooler.")):  # from a bare BertModel
+            name = f"{Model.hub_prefix}.{name}"
+        tensors[our_name(name, Model.hub_names)] = tensor
     decoder = tensors.get(DECODER)
     embedding = tensors.get("bert.embeddings.word_embeddings.weight")
     if decoder is not None and embedding is not None and torch.equal(decoder, embedding):
@@ -166,10 +186,14 @@ def load_model(
     Model, config = read_config(folder)
     if not all(0 <= word < config.vocab_size for word in words):
         raise UserError(f"{folder}: has no words {words}; its vocabulary has {config.vocab_size}")
-    if dropout is not None:
-        config.hidden_dropout_prob = dropout
-        config.attention_probs_dropout_prob = dropout
-    tensors = read_checkpoint(folder)
+    if form not in Model.heads:
+        able = [name for name, other in ARCHITECTURES.items() if form in other.heads]
+        expected = f"expected {' or '.join(able)}, because of the kind of the task"
+        raise UserError(f"{folder}/config.json: model_type is {type_of(Model)}; {expected}")
+    for name in vars(config):
+        if dropout is not None and name.endswith(DROPOUTS):
+            setattr(config, name, dropout)
+    tensors = {} if is_without_weights(folder) else read_checkpoint(folder)
     mlm = output_head == "words" and holds(tensors, "cls.predictions.")
     if mlm and DECODER in tensors:
         expected = "the word embeddings, to which the MLM head is tied"
@@ -182,7 +206,10 @@ def load_model(
     with torch.device("meta"):  # only shapes: the values come from the file
         model = Model(config, output_head, outputs, words, pooler, mlm, form)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    check_tensors(folder, tensors, shapes, MAY_BE_ABSENT if new_head else ())
+    if not tensors:
+        tell(f"{folder}: no weights; the model starts from random ones")
+        tensors = Model.draw(shapes, seed)
+    check_tensors(folder, Model, tensors, shapes, MAY_BE_ABSENT if new_head else ())
 
     generator = torch.Generator().manual_seed(seed)
     for name, shape in shapes.items():
@@ -244,7 +271,7 @@ def label_names(folder, name):
     return names
 
 
-def check_tensors(folder, tensors, shapes, may_be_absent):
+def check_tensors(folder, Model, tensors, shapes, may_be_absent):
     """Raise UserError unless `tensors` fit the model's `shapes` {name: shape}.
 
     A line names those outside the encoder that the model does not have.
@@ -252,8 +279,8 @@ def check_tensors(folder, tensors, shapes, may_be_absent):
     absent = [n for n in shapes if n not in tensors and not n.startswith(may_be_absent)]
     rest = [n for n in tensors if n not in shapes]
     unusual = [n for n in rest if n == DECODER or not n.startswith(MAY_BE_EXTRA)]
-    extra = [n for n in unusual if n.startswith("bert.")]  # a model that computes something else
-    unused = [n for n in unusual if not n.startswith("bert.")]
+    extra = [n for n in unusual if n.startswith(Model.inner)]  # it computes something else
+    unused = [n for n in unusual if n not in extra]
     if unused:
         tell(f"{folder}: not used: {quote(', '.join(unused))}")
     problems = []
@@ -286,8 +313,13 @@ def baked_state(model):
 
 def config_values(model):
     """Return what config.json says of the network."""
-    (model_type,) = [name for name, Model in ARCHITECTURES.items() if type(model) is Model]
-    return {**vars(model.config), "model_type": model_type}
+    return {**vars(model.config), "model_type": type_of(type(model))}
+
+
+def type_of(Model):
+    """Return the "model_type" of a class."""
+    (name,) = [name for name, other in ARCHITECTURES.items() if other is Model]
+    return name
 
 
 def from_config_values(values):
@@ -308,8 +340,9 @@ def save_model(folder, model, state, labels, hub_class=None):
     config = {
         "architectures": [hub_class or model.hub_class],
         **config_values(model),
-        "position_embedding_type": "absolute",
     }
+    if isinstance(model, Bert):
+        config["position_embedding_type"] = "absolute"
     if not labels and model.output_head == "classifier":
         labels = ("score",)
         config["problem_type"] = "regression"

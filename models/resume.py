@@ -85,6 +85,11 @@ def load_progress(run, data, path):
 MAY_CHANGE = ("resume", "out", "device", "data_dir", "model", "task_file", "from_run")
 
 
+# The settings that older runs do not have.
+NEWER = ("patience", "label_smoothing", "beams", "length_penalty", "no_repeat_ngram")
+NEWER += ("max_new_tokens", "eval_sources")
+
+
 def resumed(given, out, Settings):
     """Return {setting: value} of the run in `out`, which goes on.
 
@@ -92,7 +97,8 @@ def resumed(given, out, Settings):
     """
     path = out / "config.json"
     config = read_run_config(out)
-    saved = {"patience": 0} | config["settings"]  # older runs do not say it
+    newer = {name: getattr(Settings, name) for name in NEWER}
+    saved = newer | config["settings"]
     if saved.keys() != {f.name for f in fields(Settings)}:
         raise UserError(f"{path}: not the settings of a run of this version of train.py")
     for name, value in given.items():

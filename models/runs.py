@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import Task, get_task, kind_of, read_split
-from models.checkpoint import baked_state, load_model, model_sha256, read_config, read_safetensors
-from models.checkpoint import save_model, save_tensors
+from data import Task, get_task, kind_of, read_split, with_settings
+from models.checkpoint import DROPOUTS, baked_state, load_model, model_sha256, read_config
+from models.checkpoint import read_safetensors, save_model, save_tensors
 from models.tokenizer import load_tokenizer, save_tokenizer, unknown_id
 from prune import METHODS
 from support.fetch import find_model, locate
@@ -106,8 +106,16 @@ def write_model(run, name):
     """Write the model with its masks applied into the folder `name` of the run."""
     if run.rank == 0:
         state = baked_state(run.model)
-        save_model(run.out / name, run.model, state, run.task.labels)
-        save_tokenizer(run.out / name, run.kind.tokenizer(run.tokenizer), run.model.config)
+        save_folder(run.out / name, run.model, state, run.task, run.tokenizer)
+
+
+def save_folder(folder, model, state, task, tokenizer, labels=None, hub_class=None):
+    """Write all that `transformers` loads of a model, see `save_model`."""
+    kind = kind_of(task)
+    save_model(folder, model, state, task.labels if labels is None else labels, hub_class)
+    save_tokenizer(folder, kind.tokenizer(tokenizer), model.config)
+    for name, value in kind.further_files(tokenizer).items():
+        write_json(folder / name, value)
 
 
 def write_scores(run, folder):
@@ -131,12 +139,12 @@ def read_run_config(run):
 
 
 def output_head_of(config):
-    """Return "classifier" or "words", or None where a run's config does not say it."""
-    method = config["settings"]["method"]
-    if method in list(METHODS) and METHODS[method].output_head:
-        return METHODS[method].output_head
+    """Return the output head of a run, or None where its config does not say it."""
     head = config.get("output_head")
-    return head if head in ("classifier", "words") else None
+    if head in ("classifier", "words", "vocabulary"):
+        return head
+    method = config["settings"]["method"]  # older runs do not say it
+    return METHODS[method].output_head if method in list(METHODS) else None
 
 
 def source_of(s, run=None):
@@ -167,8 +175,9 @@ def load_run(run, which="model"):
     folder = run / which
     if not folder.is_dir():
         raise UserError(f"{run}: has no {which}/ yet; continue the run with --resume")
-    task = trained_on(run, settings)
-    tokenizer = load_tokenizer(folder, read_json(folder / "config.json").get("vocab_size", 0))
+    task = with_settings(trained_on(run, settings), settings)
+    _, about = read_config(folder)
+    tokenizer = load_tokenizer(folder, about.vocab_size, about.framed)
     form = kind_of(task).form
     outputs, words = config["outputs"], config["words"]
     model = load_model(folder, head, outputs, words, new_head=False, form=form)
@@ -218,13 +227,13 @@ def read_origin(run):
     """Return the Origin of a run; UserError where it is not finished, or does not fit the run."""
     s = run.settings
     place = f"--from {s.from_run}"
-    needs = METHODS[s.method].output_head
+    needs = run.kind.own_head or METHODS[s.method].output_head
     if not is_run(s.from_run):
         if needs == "words":
             raise UserError(f"{place}: not a run; {s.method} goes on from its own runs alone")
         model, tokenizer = load_folder(s.from_run, run.task, s.seed)
         check_vocabulary(place, tokenizer, run)
-        if vars(model.config) | DROPOUT != vars(read_config(run.source)[1]) | DROPOUT:
+        if sizes_in(model.config) != sizes_in(read_config(run.source)[1]):
             raise UserError(f"{place}: its model has other sizes than {s.model}")
         return Origin(model, run.task, density_of(model), None)
     model, task, _, theirs = load_run(s.from_run)
@@ -236,8 +245,9 @@ def read_origin(run):
     return Origin(model, task, density, Path(s.from_run, "checkpoint.safetensors"))
 
 
-# What may differ between a model and its origin.
-DROPOUT = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"))
+def sizes_in(config):
+    """Return what must be equal in a model and in its origin."""
+    return {name: value for name, value in vars(config).items() if not name.endswith(DROPOUTS)}
 
 
 def density_of(model):
@@ -274,8 +284,8 @@ def load_folder(folder, task, seed=None):
     kind = kind_of(task)
     options = {"seed": seed or 0, "new_head": seed is not None, "form": kind.form}
     options |= {"outputs": len(kind.outputs), "labels": kind.outputs}
-    model = load_model(folder, "classifier", **options)
-    return model, load_tokenizer(folder, config.vocab_size)
+    model = load_model(folder, kind.own_head or "classifier", **options)
+    return model, load_tokenizer(folder, config.vocab_size, config.framed)
 
 
 def check_vocabulary(place, tokenizer, run):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save as to_safetensors
 
-from models.checkpoint import parse_safetensors
+from models.checkpoint import baked_state, parse_safetensors
 from models.runs import check_vocabulary, described, is_run, load_folder, load_run, name_of
 from support.files import atomic_write
 from support.machine import from_rank_0
@@ -52,8 +52,9 @@ class Teacher:
     fine-tuned model in Hugging Face's layout.
 
     `table` is what the teacher says of the training set: what `teach` of the task's kind returns.
-    It depends on nothing but teacher and example, and is computed once per teacher. None: there is
-    no teacher yet.
+    It depends on nothing but teacher and example, and is computed once per teacher. Where such a
+    table would not fit, because every token of a vocabulary is a choice, `table` is a frozen copy
+    of the teacher, which computes beside the student. None: there is no teacher yet.
     """
 
     def __init__(self, setting):
@@ -101,7 +102,10 @@ class Teacher:
     def take_over(self, run, model, measured):
         run.progress.teacher = measured
         run.progress.teacher_file = None
-        self.table = run.kind.teach(model, run.train_set, run.device, run.dtype)
+        if run.kind.teaches_beside:
+            self.table = frozen_copy(model, baked_state(model))
+        else:
+            self.table = run.kind.teach(model, run.train_set, run.device, run.dtype)
 
     def losses(self, kind, decided):
         """Return the losses of the decisions of a batch, with the teacher's part."""
@@ -115,7 +119,10 @@ class Teacher:
         """Write a new table to a file whose name has its hash; the checkpoint names it."""
         if self.table is None or run.progress.teacher_file:
             return
-        data = to_safetensors({"teacher": self.table.cpu()})
+        tensors = {"teacher": self.table}
+        if run.kind.teaches_beside:
+            tensors = self.table.state_dict()
+        data = to_safetensors({name: tensor.cpu() for name, tensor in tensors.items()})
         run.progress.teacher_file = f"teacher-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
         atomic_write(run.out / run.progress.teacher_file, data)
 
@@ -131,4 +138,15 @@ class Teacher:
             lost = "the run cannot be resumed without its teacher"
             raise UserError(f"{path}: missing or damaged; {lost}")
         tensors, _ = parse_safetensors(data, path)
-        self.table = tensors["teacher"].to(run.device)
+        if run.kind.teaches_beside:
+            self.table = frozen_copy(run.model, tensors).to(run.device)
+        else:
+            self.table = tensors["teacher"].to(run.device)
+
+
+def frozen_copy(model, state):
+    """Return a model of the same structure, with the weights `state` and no masks."""
+    with torch.device("meta"):  # only the structure
+        copy = type(model)(model.config, model.output_head, model.outputs, form=model.form)
+    copy.load_state_dict({name: t.detach().clone() for name, t in state.items()}, assign=True)
+    return copy.eval().requires_grad_(False)

@@ -8,7 +8,7 @@ folder gets one tokenizer.json that says all, and a class that takes it as it is
 import json
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import BPE, WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer, ByteLevel
@@ -20,10 +20,12 @@ from support.terminal import UserError, quote
 # The special tokens by their names in tokenizer_config.json.
 BERT = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
 ROBERTA = {"unk": "<unk>", "sep": "</s>", "pad": "<pad>", "cls": "<s>", "mask": "<mask>"}
+GPT2 = dict.fromkeys(("unk", "bos", "eos"), "<|endoftext|>")
 # The classes of `transformers` that we know, without "Fast": the special tokens of each, and the
 # model that it needs. The last ones take tokenizer.json as it is.
 CLASSES = dict.fromkeys(("BertTokenizer", "DistilBertTokenizer"), (BERT, WordPiece))
 CLASSES |= {"ElectraTokenizer": (BERT, WordPiece), "RobertaTokenizer": (ROBERTA, BPE)}
+CLASSES |= {"GPT2Tokenizer": (GPT2, BPE)}
 CLASSES |= dict.fromkeys(("PreTrainedTokenizer", "TokenizersBackend"), ({}, None))
 # What tokenizer_config.json may say otherwise than tokenizer.json, by the name in the latter. It
 # counts more, as in `transformers`.
@@ -37,9 +39,10 @@ SWITCHES = {
 # ---------- reading -------------------------------------------------------------------------------
 
 
-def load_tokenizer(folder, vocab_size):
+def load_tokenizer(folder, vocab_size, framed=True):
     """Return the tokenizer of a checkpoint folder, which neither pads nor truncates.
 
+    It sets special tokens around a text if it shall be `framed`; else the end token after it.
     It is read from tokenizer.json or, without this file, from BERT's vocab.txt, or from RoBERTa's
     vocab.json and merges.txt; and from tokenizer_config.json, special_tokens_map.json and
     added_tokens.json. Raises UserError if nothing is there, if two files contradict each other, if
@@ -53,17 +56,19 @@ def load_tokenizer(folder, vocab_size):
         config.setdefault("extra_special_tokens", config.pop("additional_special_tokens"))
     if "added_tokens_decoder" not in config:
         config |= read_optional(folder / "special_tokens_map.json")
-    names, model = CLASSES[class_of(folder, config) or implied_class(path, tokenizer)]
+    names, model = CLASSES[class_of(folder, config) or implied_class(path, tokenizer, framed)]
     try:
         special = special_tokens(config, names)
         added = added_tokens(folder, config, tokenizer)
         if model:
-            tokenizer = rebuild(tokenizer, model, special, config, path)
+            tokenizer = rebuild(tokenizer, names, model, special, config, path)
         add_tokens(tokenizer, added, [*special.values(), *extra_tokens(config)])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    if not framed:
+        set_end(tokenizer, as_special(config.get("eos_token") or GPT2["eos"]).content, path)
     if not tokenizer.num_special_tokens_to_add(is_pair=False):
         raise UserError(f"{path}: adds no special tokens; a model reads the first of them")
     add_tokens(tokenizer, {}, [as_special(text) for text in special_of(tokenizer).values()])
@@ -126,12 +131,14 @@ def class_of(folder, config):
     return None
 
 
-def implied_class(path, tokenizer):
+def implied_class(path, tokenizer, framed):
     """Return the class of a tokenizer that no file names."""
     if isinstance(tokenizer.model, WordPiece):
         return "BertTokenizer"
     byte_level = isinstance(tokenizer.pre_tokenizer, ByteLevel) or path.name == "vocab.json"
-    return "RobertaTokenizer" if byte_level else "PreTrainedTokenizer"
+    if byte_level:
+        return "RobertaTokenizer" if framed else "GPT2Tokenizer"
+    return "PreTrainedTokenizer"
 
 
 # ---------- special and added tokens --------------------------------------------------------------
@@ -146,7 +153,7 @@ def as_special(given):
 
 def special_tokens(config, names):
     """Return {name: AddedToken} of the special tokens, by default those in `names`."""
-    texts = {name: config.get(f"{name}_token") or names.get(name) for name in BERT}
+    texts = {name: config.get(f"{name}_token") or names.get(name) for name in BERT | names}
     return {name: as_special(text) for name, text in texts.items() if text}
 
 
@@ -185,13 +192,24 @@ def add_tokens(tokenizer, added, special):
     tokenizer.add_tokens([token for token in special if token.content not in there])
 
 
+def set_end(tokenizer, text, path):
+    """Let a tokenizer set the end token `text` after each text, for a decoder."""
+    number = tokenizer.token_to_id(text)
+    if number is None:
+        expected = 'name the end token as "eos_token" in tokenizer_config.json'
+        raise UserError(f"{path}: has no token {quote(text)}; {expected}")
+    ends = [(text, number)]
+    tokenizer.post_processor = TemplateProcessing(f"$A {text}", f"$A {text} $B:1 {text}:1", ends)
+
+
 # ---------- as transformers builds it -------------------------------------------------------------
 
 
-def rebuild(tokenizer, model, special, config, path):
+def rebuild(tokenizer, names, model, special, config, path):
     """Return a tokenizer as its class builds it around the vocabulary of another one.
 
-    `special` is {name: AddedToken}. Raises ValueError where tokenizer.json says otherwise.
+    `names` and `model` are those of its class, and `special` is {name: AddedToken}. Raises
+    ValueError where tokenizer.json says otherwise.
     """
     if not isinstance(tokenizer.model, model):
         found = type(tokenizer.model).__name__
@@ -201,8 +219,10 @@ def rebuild(tokenizer, model, special, config, path):
     if missing:
         raise ValueError(f"no {' '.join(sorted(missing))}")
     built = Tokenizer(tokenizer.model)
-    first, last = [(text, tokenizer.token_to_id(text)) for text in (texts["cls"], texts["sep"])]
+    frame = [texts[name] for name in ("cls", "sep") if name in texts]  # a decoder has none
+    frame = [(text, tokenizer.token_to_id(text)) for text in frame]
     if model is WordPiece:
+        first, last = frame
         built.model.unk_token = texts["unk"]
         built.normalizer = BertNormalizer(
             lowercase=config.get("do_lower_case", True),
@@ -216,7 +236,9 @@ def rebuild(tokenizer, model, special, config, path):
     else:
         prefix = config.get("add_prefix_space", False)
         built.pre_tokenizer = ByteLevel(add_prefix_space=prefix)
-        built.post_processor = RobertaProcessing(last, first, add_prefix_space=prefix)
+        built.decoder = decoders.ByteLevel()
+        if names is ROBERTA:
+            built.post_processor = RobertaProcessing(*frame[::-1], add_prefix_space=prefix)
     if path.name == "tokenizer.json":
         check_alike(json.loads(tokenizer.to_str()), json.loads(built.to_str()), config)
     return built
@@ -271,6 +293,8 @@ def special_of(tokenizer):
     for names in (ROBERTA, BERT):
         found |= {name: text for name, text in names.items() if text in vocabulary}
     frame = tokenizer.encode("").tokens
+    if len(frame) == 1:  # the end token of a decoder
+        return dict.fromkeys(("unk", "bos", "eos", "pad"), frame[0])
     return found | ({"cls": frame[0], "sep": frame[-1]} if frame else {})
 
 

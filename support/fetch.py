@@ -6,6 +6,7 @@ import os
 import sys
 import urllib.parse
 import urllib.request
+import xml.etree.ElementTree as ElementTree
 import zipfile
 from pathlib import Path
 
@@ -46,6 +47,12 @@ def locate(task, split, data_dir):
     for source in task.sources:
         if Path(source[0]).name == name:  # the source is the file itself
             return fetch(source, folders, home)
+    if task.name == "webnlg":
+        archives = [path for folder in folders for path in sorted(folder.glob("webnlg*.zip"))]
+        build_webnlg(*(archives[:1] or [fetch(task.sources[0], folders, home)]), home)
+        if not (home / name).is_file():
+            raise UserError(f"{archives[0]}: has no XML files of the {split} split")
+        return home / name
     sources = [fetch(source, folders, home) for source in task.sources]
     if task.name == "mrpc":
         build_mrpc(*sources, home)
@@ -124,6 +131,35 @@ def build_mrpc(train, test, dev_ids, home):
     for split, lines in texts.items():
         write_new(home / f"MRPC/{split}.tsv", "\n".join(lines) + "\n")
     write_new(home / "MRPC/test.tsv", test.read_bytes())
+
+
+def build_webnlg(archive, home):
+    """Write a file of each split of the WebNLG challenge of 2017, from its many in a zip.
+
+    The test set is written as a whole and in two parts: its entries of the training set's
+    categories are `test_seen`, the others `test_unseen`.
+    """
+    entries = {"train": [], "dev": [], "test": []}
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            names = sorted(name for name in zipped.namelist() if name.endswith(".xml"))
+            challenge = [name for name in names if "webnlg_challenge_2017/" in name]
+            for name in challenge or names:  # the official zip has other releases, too
+                split = {"train", "dev", "test"}.intersection(name.split("/"))
+                if not split or ("test" in split and not name.endswith("/testdata_with_lex.xml")):
+                    continue
+                root = ElementTree.fromstring(zipped.read(name))
+                entries[split.pop()] += root.iter("entry")
+    except (zipfile.BadZipFile, ElementTree.ParseError) as error:
+        raise UserError(f"{archive}: not a usable zip: {error}; remove it to download it") from None
+    known = {entry.get("category") for entry in entries["train"]}
+    entries["test_seen"] = [e for e in entries["test"] if e.get("category") in known]
+    entries["test_unseen"] = [e for e in entries["test"] if e.get("category") not in known]
+    for split, found in entries.items():
+        if found:
+            root = ElementTree.Element("entries")
+            root.extend(found)
+            write_new(home / f"webnlg/{split}.xml", ElementTree.tostring(root))
 
 
 def write_new(path, content):

@@ -15,13 +15,26 @@ COMMON = {
     "density": 0.1, "hold": 0.0, "ramp": 1.0, "ramp_power": 3, "score_lr": 0.0,
     "reg_lambda": 0.0, "temperature_s": 1.0, "beta1": 0.85, "beta2": 0.99,
     "teacher": "none", "dtype": "auto",
+    # of texts: no smoothing, and plain beam search with 5 beams (Li and Liang 2021); LoRA's code
+    # ends a text after 64 tokens, which some texts of WebNLG exceed
+    "label_smoothing": 0.0, "beams": 5, "length_penalty": 1.0, "no_repeat_ngram": 0,
+    "max_new_tokens": 128,
 }
-# The longest example of a kind: SMP's script for SQuAD; our choice for tags.
-MAX_LENGTH = {"span": 384, "tag": 256}
+# The longest example of a kind: SMP's script for SQuAD; our choice for tags; LoRA's code for texts.
+MAX_LENGTH = {"span": 384, "tag": 256, "generate": 512}
+# Decoding of LoRA's and PST's commands on E2E.
+TEN_BEAMS = {"beams": 10, "length_penalty": 0.8, "no_repeat_ngram": 4, "label_smoothing": 0.1}
+# GPT-2 on E2E as PST's released command has it: 500 of 26,290 steps of warm-up; the density falls
+# from 0.1 to 0.7 of the run.
+TEXTS_PRUNED = TEN_BEAMS | {
+    "epochs": 5, "batch_size": 8, "lr": 1e-4, "warmup": 0.019, "hold": 0.1, "ramp": 0.6,
+    "source": "PST on E2E, released command",
+}
 # The demo has short sentences, and a model pretrained without dropout, too small to gain by bf16.
 DEMO = {"max_length": 32, "dropout": 0.0, "dtype": "fp32", "lr": 5e-4, "source": "the demo"}
 DEMO_PRUNED = DEMO | {"epochs": 10, "batch_size": 64}
 
+TRIPLES = {"lr": 1e-5, "batch_size": 6, "epochs": 10}
 SMALL_TASK = {"epochs": 5, "source": "Devlin et al. 2019; epochs of transformers' GLUE examples"}
 DENSE = {
     "epochs": 3, "batch_size": 32, "density": 1.0, "warmup": 0.1, "weight_decay": 0.01,
@@ -29,8 +42,11 @@ DENSE = {
     "by_kind": {
         "span": {"lr": 5e-5, "source": "Devlin et al. 2019, 4.2"},
         "tag": {"lr": 5e-5, "batch_size": 8, "source": "transformers' example run_ner"},
+        "generate": {"lr": 5e-5, "batch_size": 10, "epochs": 5, "warmup": 0.0, "weight_decay": 0.0,
+                     "source": "Li and Liang 2021 (prefix-tuning), Table 5"},
     },
-    "by_task": {"mrpc": SMALL_TASK, "rte": SMALL_TASK, "wnli": SMALL_TASK, "demo": DEMO},
+    "by_task": {"mrpc": SMALL_TASK, "rte": SMALL_TASK, "wnli": SMALL_TASK, "demo": DEMO,
+                "webnlg": TRIPLES, "dart": TRIPLES},
 }
 FIXED = DENSE | {"density": None, "by_kind": {}, "by_task": {"demo": DEMO_PRUNED}}
 
@@ -50,6 +66,8 @@ SMP = {
             "at_half": {"temperature_s": 4.0, "ramp": 0.181},
         },
         "tag": {"epochs": 20, "source": "our choice; SMP has no tagging"},
+        "generate": TEN_BEAMS | {"epochs": 5, "batch_size": 8, "ramp": 0.6,
+                                 "source": "our choice; SMP has no texts"},
     },
     "by_task": {
         "mnli": LARGE_TASK | {"at_half": {"temperature_s": 3.0}},
@@ -62,6 +80,7 @@ SMP = {
 MOVEMENT = {
     "epochs": 10, "batch_size": 16, "warmup": 0.0975, "hold": 0.0975, "ramp": 0.7075,
     "source": "movement pruning on SQuAD",
+    "by_kind": {"generate": TEXTS_PRUNED},
     "by_task": {"demo": DEMO_PRUNED},
 }
 
@@ -73,6 +92,7 @@ PINS = {
     "by_kind": {
         "span": {"epochs": 10, "density": 0.1, "warmup": 0.0976, "hold": 0.0976, "ramp": 0.414,
                  "beta2": 0.95, "source": "PLATON on SQuAD; PINS has published none"},
+        "generate": TEXTS_PRUNED,
     },
     "by_task": {"demo": DEMO_PRUNED},
 }

@@ -103,9 +103,22 @@ def quote(text):
     return f'"{text}"' if len(text) <= 200 else f'"{text[:200]}..."'
 
 
+NO_SHARES = ("nist", "cider")  # the metrics that are no fraction of 1
+
+
+def as_shown(name, value):
+    """Return the number that is shown for a metric: a fraction of 1 in percent."""
+    return value if name in NO_SHARES else 100 * value
+
+
+def figure(name, value):
+    """Return the text that is shown for a metric."""
+    return f"{as_shown(name, value):.{4 if name in NO_SHARES else 2}f}"
+
+
 def show(metrics):
-    """Return metrics as the terminal shows them, in percent."""
-    return "  ".join(f"{name} {100 * value:.2f}" for name, value in metrics.items())
+    """Return metrics as the terminal shows them."""
+    return "  ".join(f"{name} {figure(name, value)}" for name, value in metrics.items())
 
 
 class Lines:

@@ -23,7 +23,7 @@ def test_each_dev_set_has_its_own_metric(monkeypatch):
     for split, labels in (("dev", [0, 0, 0, 1]), ("dev_mm", [1, 1, 0, 0])):
         dev_sets[split] = Dataset(kind_of(task), ids, ones, ones, np.array(labels))
     monkeypatch.setattr(Classify, "predict", lambda *args: np.zeros(4, np.int64))
-    metrics = evaluation.evaluate(None, task, dev_sets, torch.device("cpu"), "fp32")
+    metrics = evaluation.evaluate(None, dev_sets, torch.device("cpu"), "fp32")
     assert metrics == {"accuracy": 0.75, "accuracy_mm": 0.5}
 
 
@@ -80,7 +80,7 @@ def steps_of_the_best(monkeypatch, values, settled, total_steps=9):
         progress=train.Progress(),
         task=SimpleNamespace(metrics=("accuracy",)),
         model=None,
-        dev_sets=None,
+        dev_sets={},
         log=SimpleNamespace(row=lambda **row: None),
         at=lambda step: "",
         out=train.Path("unused"),

@@ -233,7 +233,7 @@ def test_sweep_of_densities(tiny, finished, method, capsys):
         tokenizer = load_tokenizer(tiny[1], 120)
         model = load_model(tiny[1], "words", words=word_ids(tokenizer, task.words))
         dev = load_dev(task, tokenizer, 24, tiny[5])
-        metrics = evaluation.evaluate(model, task, dev, CPU, "fp32")
+        metrics = evaluation.evaluate(model, dev, CPU, "fp32")
         assert whole.endswith(show(metrics))
 
     assert report.main([str(finished / "pins"), "--density", "0.5", *data]) == 2
@@ -627,7 +627,7 @@ def test_evaluation_agrees_with_the_run(finished, capsys):
         model, task, tokenizer, settings = load_run(out)
         data_dir = settings["data_dir"]
         dev = load_dev(task, tokenizer, settings["max_length"], data_dir)
-        assert evaluation.evaluate(model, task, dev, CPU, "fp32") == metrics
+        assert evaluation.evaluate(model, dev, CPU, "fp32") == metrics
         if method in ("dense", "smp-s"):
             assert evaluation.main([str(out), "--data-dir", data_dir]) == 0
             printed = capsys.readouterr().out

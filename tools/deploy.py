@@ -32,9 +32,9 @@ from data import Task, kind_of, load_dev
 from eval import evaluate, write_predictions
 from kinds import KINDS
 from models.checkpoint import config_values, from_config_values, holds, read_safetensors
-from models.checkpoint import save_model, save_tensors
+from models.checkpoint import save_tensors
 from models.compaction import add_padding, change_heads, compact, drop_padding, matrix_names
-from models.runs import load_run, trained_on
+from models.runs import load_run, save_folder, trained_on
 from models.sparse import sparse
 from models.tokenizer import load_tokenizer, save_tokenizer
 from support.files import atomic_write, is_stream, read_json
@@ -96,8 +96,7 @@ def write_export(folder, model, task, tokenizer):
         state[f"{layer}.weight"] = rows
         state[f"{layer}.bias"] = torch.zeros(len(rows))
         labels = labels or task.words[-len(rows) :]
-    save_model(folder, model, state, labels, hub_class)
-    save_tokenizer(folder, tokenizer, model.config)
+    save_folder(folder, model, state, task, tokenizer, labels, hub_class)
     if hub_class == model.mlm_class:
         config = read_json(folder / "config.json")
         config["label_words"] = task.words[-model.outputs :]
@@ -271,7 +270,7 @@ def evaluate_compact(args):
     device = pick_device(args.device)
     model, task, tokenizer, s = load_for_use(args.folder)
     dev_sets = load_dev(task, tokenizer, s["max_length"], args.data_dir)
-    metrics = evaluate(model.to(device), task, dev_sets, device, s["dtype"])
+    metrics = evaluate(model.to(device), dev_sets, device, s["dtype"])
     print(f"{args.folder}: {task.name}, {s['dtype']}: {show(metrics)}")
 
 
@@ -315,7 +314,7 @@ def compare_sparse(args):
     print(f"{args.run}: {sparse(model)} of {matrices} matrices as CSR")
     dev_sets = load_dev(task, tokenizer, s["max_length"], args.data_dir)
     if args.no_check:
-        print(f"  {show(evaluate(model, task, dev_sets, cpu, 'fp32'))}")
+        print(f"  {show(evaluate(model, dev_sets, cpu, 'fp32'))}")
     else:
         before, _, _, _ = load_run(args.run, args.which)
         compare(before, model, task, dev_sets, cpu)

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from safetensors.numpy import save as numpy_to_safetensors
 
-from data import get_task, kind_of, load_dev
+from data import get_task, kind_of, load_dev, with_settings
 from eval import entropy, evaluate
-from models.checkpoint import load_model, model_sha256, read_safetensors
+from models.checkpoint import load_model, model_sha256, read_config, read_safetensors
 from models.runs import read_run_config, trained_on
 from models.tokenizer import load_tokenizer, word_ids
 from prune import METHODS, mask_matrices, masked_linears
@@ -142,7 +142,7 @@ def describe_mask(run, config, masks, packed):
     the length of its bytes.
     """
     s = config["settings"]
-    task = trained_on(run, s | config)
+    task = with_settings(trained_on(run, s | config), s)
     matrices = []
     for name, mask in masks.items():
         matrices.append([name, *mask.shape, int(mask.sum()), len(packed[name])])
@@ -153,7 +153,8 @@ def describe_mask(run, config, masks, packed):
         "task": s["task"],
         "labels": config["labels"],
         "kind": task.kind,
-        "words": list(task.words[-config["outputs"] :]),
+        "words": list(task.words[-config["outputs"] :]) if config["words"] else [],
+        "settings": task.settings,
         "method": s["method"],
         "density": s["density"],
         "max_length": s["max_length"],
@@ -247,7 +248,12 @@ def read_released(path, shapes):
 
 def masked_base(base, device):
     """Return (model, {matrix: MaskedLinear}) of a base model. It keeps all, and trains nothing."""
-    model = load_model(base, "words", words=[0]).requires_grad_(False)
+    Model, _ = read_config(base)
+    if "vocabulary" in Model.heads:
+        model = load_model(base, "vocabulary", form="vocabulary")
+    else:
+        model = load_model(base, "words", words=[0])
+    model.requires_grad_(False)
     mask_matrices(model, initial=None)
     return model.to(device), masked_linears(model)
 
@@ -255,13 +261,17 @@ def masked_base(base, device):
 def switch(model, linears, masks, words, form):
     """Make the base in memory the model of another task.
 
-    That is done by its masks, its label words (ids) and the form of its output head.
+    That is done by its masks, its label words (ids), if it has any, and the form of its output
+    head. Raises UserError where the base has no head of this form.
     """
+    if form not in model.heads:
+        raise UserError(f"the base model has heads for {', '.join(model.heads)}, not for {form}")
     model.form = form
     for name, linear in linears.items():
         linear.mask.copy_(torch.from_numpy(masks[name]))
-    model.words = torch.tensor(words, device=model.words.device)
-    model.outputs = len(words)
+    if words:
+        model.words = torch.tensor(words, device=model.words.device)
+        model.outputs = len(words)
 
 
 def read_any_mask(path, base, sha256, shapes, task_name, task_file):
@@ -290,7 +300,7 @@ def evaluate_masks(base, paths, device, data_dir, task_name=None, words=(), task
     source = find_model(base)
     sha256 = model_sha256(source)
     model, linears = masked_base(source, device)
-    tokenizer = load_tokenizer(source, model.config.vocab_size)
+    tokenizer = load_tokenizer(source, model.config.vocab_size, model.config.framed)
     shapes = {name: tuple(linear.weight.shape) for name, linear in linears.items()}
     found = []
     for path in paths:
@@ -307,12 +317,14 @@ def evaluate_masks(base, paths, device, data_dir, task_name=None, words=(), task
             raise UserError(f"{path}: texts of {length} tokens; {base} takes 8 to {longest}")
         label_words = words or about.get("words") or task.words
         outputs = (len(task.labels),) if task.labels else (1, 2)
-        if len(label_words) not in outputs:
+        if kind_of(task).own_head:
+            task = with_settings(task, about["settings"])
+        elif len(label_words) not in outputs:
             counted = f"{len(label_words)} label words: {task.name} has {outputs[-1]}"
             raise UserError(f"{path}: {counted}")
         switch(model, linears, masks, word_ids(tokenizer, label_words), kind_of(task).form)
         dev_sets = load_dev(task, tokenizer, about["max_length"], data_dir)
-        metrics = evaluate(model, task, dev_sets, device, about["dtype"])
+        metrics = evaluate(model, dev_sets, device, about["dtype"])
         kept, total = count(masks)
         print(f"{path}: {task.name}, density {kept / total:.4f}: {show(metrics)}")
         found.append(metrics)

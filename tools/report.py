@@ -42,7 +42,7 @@ from prune import METHODS
 from support.fetch import find_model
 from support.machine import DEVICES, pick_device
 from support.patterns import check_density
-from support.terminal import as_flag, show, tell
+from support.terminal import NO_SHARES, as_flag, as_shown, show, tell
 from tools import pictures
 from tools.record import NOT_RECORDED, read_record, read_run
 
@@ -154,8 +154,8 @@ def cell(rows):
     """Return the mean of each metric over `rows` {metric: value}, in percent; ± is over seeds."""
     texts = []
     for name in rows[0]:
-        values = [100 * row[name] for row in rows if name in row]
-        texts.append(f"{name} {mean_of(values)}")
+        values = [as_shown(name, row[name]) for row in rows if name in row]
+        texts.append(f"{name} {mean_of(values, 3 if name in NO_SHARES else 1)}")
     return ", ".join(texts)
 
 
@@ -194,12 +194,12 @@ def pivot(found):
         print(f"| {task} | {label} | {' | '.join(cells)} |")
 
 
-def mean_of(values):
+def mean_of(values, digits=1):
     """Return the mean over seeds as text, with its standard deviation; nothing of no value."""
     if not values:
         return ""
-    text = f"{np.mean(values):.1f}"
-    return f"{text} ± {pictures.spread(values):.1f}" if len(values) > 1 else text
+    text = f"{np.mean(values):.{digits}f}"
+    return f"{text} ± {pictures.spread(values):.{digits}f}" if len(values) > 1 else text
 
 
 def densities_of_lines(found):
@@ -395,7 +395,7 @@ def sweep(run, densities, device, data_dir, base=None):
         except ValueError as error:
             raise UserError(f"--density: {error}") from None
         method.update(1)  # step 1 of 1: the density is the final one
-        metrics = show(evaluate(model, task, dev_sets, device, dtype))
+        metrics = show(evaluate(model, dev_sets, device, dtype))
         print(f"density {density:g}, achieved {method.achieved():.4f}: {metrics}", flush=True)
 
 
@@ -413,8 +413,8 @@ def with_method(run, device, base=None):
     source = find_model(base) if base else source_of(SimpleNamespace(**s), run)
     if model_sha256(source) != config["model_sha256"]:
         raise UserError(f"--density: {s['model']} is no longer the model that {run} began with")
-    head = (Method.output_head, config["outputs"], config["words"])
     kind = kind_of(task)
+    head = (kind.own_head or Method.output_head, config["outputs"], config["words"])
     model = load_model(source, *head, s["seed"], form=kind.form, labels=kind.outputs)
     model.to(device)
     method = Method(model, SimpleNamespace(**s), total_steps=1)

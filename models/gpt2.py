@@ -1,0 +1,296 @@
+"""GPT-2 by hand (Radford et al. 2019): a decoder, in Hugging Face's layout in and out.
+
+Its files join Q, K and V in one matrix, and hold each matrix as (in, out). On load they are split
+and transposed. So a layer has the same six matrices as BERT's, and everything in prune.py applies.
+On save they are joined again.
+
+Axes: B texts, T tokens, C hidden size, H attention heads, D = C/H, F feed-forward size,
+V vocabulary, n decisions.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import BY_TANH, EXACT, attend_with_dropout, gelu
+from models.causal import Causal
+
+# The six matrices of a layer: the papers' letter for each, and its name in the layer.
+MATRICES = {
+    "Q": "attn.query",
+    "K": "attn.key",
+    "V": "attn.value",
+    "O": "attn.c_proj",
+    "U": "mlp.c_fc",
+    "D": "mlp.c_proj",
+}
+JOINED = ("query", "key", "value")  # the parts of c_attn, in order
+TRANSPOSED = ("attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+@dataclass
+class GPT2Config:
+    """The keys of Hugging Face's config.json that shape the network, with the values of `gpt2`."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int = 0  # 0: four times n_embd
+    layer_norm_epsilon: float = 1e-5
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    resid_pdrop: float = 0.1
+    activation_function: str = "gelu_new"
+    bos_token_id: int = 50256
+    eos_token_id: int = 50256
+
+    framed = False  # no special tokens stand around a text
+    # What further keys may be, the value first that they have if they are not there.
+    supported = {
+        "activation_function": (*BY_TANH, *EXACT),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "reorder_and_upcast_attn": (False,),
+        "add_cross_attention": (False,),
+        "tie_word_embeddings": (True,),
+    }
+
+    def __post_init__(self):
+        self.n_inner = self.n_inner or 4 * self.n_embd
+
+    # the names that BERT's config has for the same
+
+    @property
+    def hidden_size(self):
+        return self.n_embd
+
+    @property
+    def intermediate_size(self):
+        return self.n_inner
+
+    @property
+    def num_hidden_layers(self):
+        return self.n_layer
+
+    @property
+    def num_attention_heads(self):
+        return self.n_head
+
+    @property
+    def positions(self):
+        return self.n_positions
+
+    @property
+    def type_vocab_size(self):
+        return 1
+
+
+# ---------- the decoder ---------------------------------------------------------------------------
+
+
+class SelfAttention(nn.Module):
+    """Causal attention: a token attends to itself and to those before it."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.n_embd
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.c_proj = nn.Linear(width, width)
+        self.num_heads = config.n_head
+        self.scale = (width // config.n_head) ** -0.5
+        self.dropout = config.attn_pdrop
+
+    def split_heads(self, x):
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
+
+    def forward(self, x, mask, cache):
+        """Let `x` (B, R, C) attend to what `cache` holds and to itself, see `Decoder`."""
+        q = self.split_heads(self.query(x))
+        k = self.split_heads(self.key(x))
+        v = self.split_heads(self.value(x))
+        if cache is not None:
+            k, v = cache.add(k, v)  # (B, H, R, D) -> (B, H, T, D)
+        dropout = self.dropout if self.training else 0.0
+        if dropout and q.is_cpu:
+            before = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
+            mixed = attend_with_dropout(q, k, v, before, dropout, self.scale)
+        else:
+            options = {"attn_mask": mask, "dropout_p": dropout, "is_causal": mask is None}
+            mixed = F.scaled_dot_product_attention(q, k, v, **options, scale=self.scale)
+        return self.c_proj(mixed.transpose(1, 2).flatten(2))  # (B, H, R, D) -> (B, R, C)
+
+
+class Layer(nn.Module):
+    """One pre-LN layer."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.n_embd
+        up = nn.Linear(width, config.n_inner)
+        down = nn.Linear(config.n_inner, width)
+        self.ln_1 = nn.LayerNorm(width, eps=config.layer_norm_epsilon)
+        self.attn = SelfAttention(config)
+        self.ln_2 = nn.LayerNorm(width, eps=config.layer_norm_epsilon)
+        self.mlp = nn.ModuleDict({"c_fc": up, "c_proj": down})
+        self.dropout = nn.Dropout(config.resid_pdrop)
+        self.hidden_act = config.activation_function
+
+    def forward(self, x, mask, cache):
+        x = x + self.dropout(self.attn(self.ln_1(x), mask, cache))  # (B, R, C)
+        inner = gelu(self.mlp["c_fc"](self.ln_2(x)), self.hidden_act)  # (B, R, F)
+        return x + self.dropout(self.mlp["c_proj"](inner))  # (B, R, F) -> (B, R, C)
+
+
+class Decoder(nn.Module):
+    """The embeddings, the layers, and the last LayerNorm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.dropout = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+    def forward(self, input_ids, positions=None, mask=None, caches=None):
+        """Return the last hidden states, (B, R, C), of tokens `input_ids`, (B, R).
+
+        `positions` are (B, R); None: 0, 1, 2, ... `caches` hold the keys and values of earlier
+        tokens, one for each layer, see `Causal`. `mask`, (B, 1, R, T), is set where a token attends
+        to a key; None: to all tokens up to itself.
+        """
+        if positions is None:
+            positions = torch.arange(input_ids.size(1), device=input_ids.device)
+        x = self.dropout(self.wte(input_ids) + self.wpe(positions))  # (B, R, C)
+        for layer, cache in zip(self.h, caches or [None] * len(self.h)):
+            x = layer(x, mask, cache)
+        return self.ln_f(x)
+
+
+def turn(tensor):
+    """Return a matrix (out, in) as (in, out), or the reverse; a vector as it is."""
+    return tensor.T.contiguous() if tensor.dim() > 1 else tensor.contiguous()
+
+
+class GPT2(Causal):
+    """The decoder with its LM head, which is the word embedding matrix (tied).
+
+    The arguments are those of `Bert`. There is one output head, so that most of them say nothing.
+    """
+
+    Config = GPT2Config
+    matrices = MATRICES
+    attention_letters = "QKVO"
+    feed_forward_letters = "UD"
+    heads = {"vocabulary": ("lm_head", "GPT2LMHeadModel")}
+    hub_class = "GPT2LMHeadModel"
+    mlm_class = None
+    inner = "transformer."  # how the names of what is inside begin
+
+    def __init__(
+        self, config, output_head, outputs=0, words=(), pooler=False, mlm=False, form="vocabulary"
+    ):
+        super().__init__()
+        self.config = config
+        self.output_head = output_head
+        self.outputs = outputs
+        self.form = form
+        self.transformer = Decoder(config)
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None, reads=None):
+        """Return the logits (B, T, V) of the next token, or at places `reads` (n,) alone, (n, V).
+
+        The inputs are (B, T), with the padding at the end, where no token attends to it. A place is
+        counted over all B * T. The logits are float32. The logits of all places would need ten
+        times the memory.
+        """
+        hidden = self.transformer(input_ids)  # (B, T, C)
+        if reads is not None:
+            hidden = hidden.flatten(0, 1)[reads]  # (n, C)
+        return self.logits(hidden)
+
+    def logits(self, hidden):
+        """Return the logits (..., V) of `hidden` (..., C), in float32."""
+        logits = F.linear(hidden, self.transformer.wte.weight)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    @property
+    def layers(self):
+        return self.transformer.h
+
+    @property
+    def embeddings(self):
+        return nn.ModuleList([self.transformer.wte, self.transformer.wpe])
+
+    @property
+    def num_heads(self):
+        return self.config.n_head
+
+    @property
+    def head_name(self):
+        """Return the name of the head. No parameter has it, because it is tied."""
+        return "lm_head"
+
+    # files
+
+    @staticmethod
+    def from_hub(tensors):
+        """Return {name: tensor} under our names, from those of Hugging Face's layout.
+
+        The prefix `transformer.` may be missing. Raises ValueError for an LM head of its own.
+        """
+        ours = {}
+        for name, tensor in tensors.items():
+            name = name.removeprefix("transformer.")
+            if name.endswith((".attn.bias", ".attn.masked_bias")):
+                continue  # the causal mask, which old versions saved
+            if ".attn.c_attn." in name:
+                for part, piece in zip(JOINED, tensor.chunk(3, dim=-1)):  # (C, 3C) -> (C, C) each
+                    ours[f"transformer.{name.replace('c_attn', part)}"] = turn(piece)
+                continue
+            if name.endswith(TRANSPOSED):
+                tensor = turn(tensor)
+            ours[name if name == "lm_head.weight" else f"transformer.{name}"] = tensor
+        head = ours.pop("lm_head.weight", None)
+        embedding = ours.get("transformer.wte.weight")
+        if head is not None and not (embedding is not None and torch.equal(head, embedding)):
+            expected = "the word embeddings, to which GPT-2's head is tied"
+            raise ValueError(f"lm_head.weight differs from {expected}")
+        return ours
+
+    def to_hub(self, state):
+        """Return a state dict under the names of Hugging Face's layout."""
+        hub = {}
+        for name, tensor in state.items():
+            if ".attn.query." in name:
+                parts = [turn(state[name.replace("query", part)]) for part in JOINED]
+                hub[name.replace("query", "c_attn")] = torch.cat(parts, dim=-1)
+            elif not name.rpartition(".")[0].endswith((".attn.key", ".attn.value")):
+                hub[name] = turn(tensor) if name.endswith(TRANSPOSED) else tensor
+        return hub
+
+    @staticmethod
+    def draw(shapes, seed):
+        """Return {name: tensor} of random weights for {name: shape} (Radford et al. 2019, 2.3).
+
+        They are from N(0, 0.02), and those of both c_proj, which end on the residual stream of L
+        layers, from N(0, 0.02 / sqrt(2 L)).
+        """
+        generator = torch.Generator().manual_seed(seed)
+        layers = len({name.split(".")[2] for name in shapes if ".h." in name})
+        tensors = {}
+        for name, shape in shapes.items():
+            tensors[name] = torch.zeros(shape)
+            if len(shape) > 1:
+                std = 0.02 / math.sqrt(2 * layers) if ".c_proj." in name else 0.02
+                tensors[name].normal_(0.0, std, generator=generator)
+            elif name.endswith("weight"):
+                tensors[name] += 1  # of a LayerNorm
+        return tensors
