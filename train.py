@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data import batches, get_task, kind_of, load_dataset, load_dev, micro_batches, with_settings
 from eval import evaluate, manner, warn_of_density
 from kinds import KINDS
-from models.checkpoint import load_model, read_config
+from models.checkpoint import check_form, load_model, read_config
 from models.resume import Progress, load_progress, resumed, save_progress
 from models.runs import begin_from, check_resumed, describe, describe_result, read_origin
 from models.runs import source_of, warn_of_unknown, write_model, write_scores, write_task
@@ -211,7 +211,8 @@ class Run:
     def load_model(self, s):
         """Load the tokenizer and the model; check the settings that depend on its sizes."""
         self.source = source_of(s, s.out if s.resume else None)
-        _, config = read_config(self.source)
+        Model, config = read_config(self.source)
+        check_form(self.source, Model, self.kind.form)
         check_sizes(s, config)
         self.tokenizer = load_tokenizer(self.source, config.vocab_size, config.framed)
         self.origin = read_origin(self) if s.from_run else None

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from kinds.bleu import bleu, nist, tokens_of
 from kinds.classify import IGNORED, Classify, Decided
-from kinds.text import decode, flat, read_rows
+from kinds.text import copy_of, decode, flat, read_rows
 from support.machine import autocast, inputs, send
 from support.terminal import UserError, live, quote, warn
 
@@ -73,25 +73,23 @@ class Generate(Classify):
             references.setdefault(source, []).append(text)
         return list(references), list(references.values())
 
-    def read_pairs(self, path, data, labelled):
+    def read_pairs(self, path, data, labelled, header=()):
         """Return [(source, text)] of a file, whose ending says its form."""
         name = str(path).removesuffix(".gz")
         if name.endswith(".xml"):
-            return read_webnlg(path, decode(path, data))
+            return read_webnlg(path, decode(path, data), labelled)
         if name.endswith(".json"):
-            return read_dart(path, decode(path, data))
+            return read_dart(path, decode(path, data), labelled)
         options = self.task.options
         label = self.task.label if labelled else ""
-        rows = read_rows(path, data, self.task.columns, label, quoted=options.get("quoted", False))
+        quoted = options.get("quoted", False)
+        rows = read_rows(path, data, self.task.columns, label, header, quoted=quoted)
         if options.get("mr"):
             rows = [(slots(source, place), text, place) for source, text, place in rows]
         return [(source, text) for source, text, _ in rows]
 
     def read_input(self, path, data, header=()):
-        if str(path).endswith((".xml", ".json")):
-            return [source for source, _ in self.read_pairs(path, data, False)]
-        rows = super().read_input(path, data, header)
-        return [slots(row, path) for row in rows] if self.task.options.get("mr") else rows
+        return [source for source, _ in self.read_pairs(path, data, False, header)]
 
     def from_rows(self, rows, path):
         return rows, rows, [[] for _ in rows]
@@ -106,8 +104,8 @@ class Generate(Classify):
         where = f"of {name} at --max-length {dataset.max_length}"
         if dataset.cut is not None and dataset.cut.any():
             warn(f"{dataset.cut.sum():,} of {len(dataset):,} sources {where} are cut")
-        ends = dataset.starts + dataset.lengths
-        lost = dataset.labels[ends - 1] != IGNORED  # there is no room for the token after it
+        after = dataset.labels[dataset.starts + dataset.lengths - 1]  # what follows the last token
+        lost = (after != IGNORED) & (after != self.end)
         if lost.any():
             warn(f"{lost.sum():,} of {len(dataset):,} texts {where} are cut, and have no end")
 
@@ -237,54 +235,66 @@ class Generate(Classify):
 # The attributes of E2E as the published recipes of GPT-2 name them.
 SLOTS = {"eatType": "Type", "priceRange": "price", "customer rating": "customer rating"}
 SLOTS |= {"familyFriendly": "family friendly"}
+SLOT = r"\s*([^\[\],\s][^\[\],]*)\[([^\]]*)\]\s*"
 
 
 def slots(text, place):
     """Return E2E's name[The Vaults], eatType[pub] as "name : The Vaults | Type : pub"."""
-    pairs = re.findall(r"([^\[\],]+)\[([^\]]*)\]", text)
-    if not re.fullmatch(r"\s*(?:[^\[\],]+\[[^\]]*\],?\s*)+", text):
+    if not re.fullmatch(f"{SLOT}(?:,{SLOT})*", text):
         raise UserError(f"{place}: {quote(text)} is not in the form name[value], name[value]")
-    named = [(SLOTS.get(name.strip(), name.strip()), value.strip()) for name, value in pairs]
-    return " | ".join(f"{name} : {value}" for name, value in named)
+    pairs = [(name.strip(), value.strip()) for name, value in re.findall(SLOT, text)]
+    return " | ".join(f"{SLOTS.get(name, name)} : {value}" for name, value in pairs)
 
 
-def triples(rows):
-    """Return triples as "subject : property : object | ..."."""
-    return " | ".join(" : ".join(part.strip() for part in row) for row in rows)
+def triples(rows, place, spell=str):
+    """Return triples as "subject : property : object | ..."; `spell` is called of a property."""
+    if not rows:
+        raise UserError(f"{place} has no triples; leave it out")
+    for row in rows:
+        if not isinstance(row, list) or len(row) != 3:
+            expected = "expected a subject, a property and an object"
+            raise UserError(f"{place}: {quote(json.dumps(row))} is no triple; {expected}")
+    parts = [(one.strip(), spell(name.strip()), other.strip()) for one, name, other in rows]
+    return " | ".join(map(" : ".join, parts))
 
 
-def read_webnlg(path, text):
+def read_webnlg(path, text, labelled):
     """Return [(source, text)] of an XML file of the WebNLG challenge of 2017.
 
-    Only texts that are marked good count, as in the published recipes. An entry has at least one.
+    Only texts that are marked good count, as in the published recipes. A few entries have none. If
+    not `labelled`, an entry is there once, and needs no text.
     """
-    pairs = []
     try:
-        root = ElementTree.fromstring(text)
-        for entry in root.iter("entry"):
-            rows = [row.text.split("|") for row in entry.find("modifiedtripleset")]
-            found = [lex.text or "" for lex in entry.iter("lex") if lex.get("comment") == "good"]
-            if any(len(row) != 3 for row in rows):
-                raise ValueError(f"entry {entry.get('eid')} has no triples a | b | c")
-            pairs += [(triples(rows), text.strip()) for text in found]
-    except (ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
-        expected = "expected <entry>s with a <modifiedtripleset>, as in the challenge of 2017"
-        raise UserError(f"{path}: not an XML file of WebNLG ({error}); {expected}") from None
+        entries = list(ElementTree.fromstring(text).iter("entry"))
+    except ElementTree.ParseError as error:
+        expected = "expected the XML of the WebNLG challenge of 2017"
+        raise UserError(f"{path}: {error}; {expected}") from None
+    pairs = []
+    for number, entry in enumerate(entries, 1):
+        rows = [(row.text or "").split("|") for row in entry.iterfind("modifiedtripleset/mtriple")]
+        source = triples(rows, f"{path}: entry number {number}")
+        found = [lex.text or "" for lex in entry.iter("lex") if lex.get("comment") == "good"]
+        if not labelled:
+            found = [""] if found or entry.find("lex") is None else []
+        pairs += [(source, text.strip()) for text in found]
     return pairs
 
 
-def read_dart(path, text):
+def read_dart(path, text, labelled):
     """Return [(source, text)] of a JSON file of DART. Relations are in lower case (LoRA)."""
     pairs = []
+    place = path
     try:
-        for entry in json.loads(text):
-            rows = [(one, name.lower(), other) for one, name, other in entry["tripleset"]]
-            pairs += [(triples(rows), row["text"].strip()) for row in entry["annotations"]]
-        json.dumps(pairs, ensure_ascii=False).encode()  # a ValueError for half a character
+        for number, entry in enumerate(json.loads(text), 1):
+            place = f"{path}: entry number {number}"
+            source = triples(entry["tripleset"], place, str.lower)
+            found = [row["text"].strip() for row in entry["annotations"]] if labelled else [""]
+            "".join([source, *found]).encode()  # a ValueError for half a character
+            pairs += [(source, text) for text in found]
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         reason = f"not in DART's form ({type(error).__name__}: {error})"
         expected = '[{"tripleset": [[...]], "annotations": [{"text": ...}]}]'
-        raise UserError(f"{path}: {reason}; expected {expected}") from None
+        raise UserError(f"{place}: {reason}; expected {expected}") from None
     return pairs
 
 
@@ -296,9 +306,12 @@ def encode_texts(texts, tokenizer, max_length, room):
 
     Besides `flat`: "labels" (tokens,), the next token where it belongs to a text or is its end,
     else IGNORED; "cut" (n,), of which rows the source is cut. A source leaves room for its text
-    or, without one, for `room` tokens, but for half of `max_length` at most.
+    or, without one, for `room` tokens, but for half of `max_length` at most. A text has no special
+    tokens: where it spells one, it is read as plain text, or it would end there.
     """
     end = tokenizer.encode("").ids[-1]
+    plain = copy_of(tokenizer)
+    plain.encode_special_tokens = True  # as text
     ids = []
     labels = []
     second = []
@@ -310,7 +323,7 @@ def encode_texts(texts, tokenizer, max_length, room):
             sources = [pair[0] for pair in chunk] if paired else chunk
             sources = tokenizer.encode_batch_fast(sources, add_special_tokens=False)
             targets = [" " + pair[1] if paired else "" for pair in chunk]
-            targets = tokenizer.encode_batch_fast(targets, add_special_tokens=False)
+            targets = plain.encode_batch_fast(targets, add_special_tokens=False)
             for source, target in zip(sources, targets):
                 text = [*target.ids, end] if paired else []
                 most = max_length - 1 - (len(text) if paired else min(room, max_length // 2))

@@ -1,7 +1,6 @@
 """Checkpoints in Hugging Face's layout, in and out, and other files of tensors."""
 
 import json
-import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors.torch import save as to_safetensors
 
 from model import BY_TANH, EXACT, Bert
 from models.gpt2 import GPT2
+from models.heads import arrange_head
 from models.roberta import Roberta
 from prune import masked_linears
 from support.fetch import model_files
@@ -186,10 +186,7 @@ def load_model(
     Model, config = read_config(folder)
     if not all(0 <= word < config.vocab_size for word in words):
         raise UserError(f"{folder}: has no words {words}; its vocabulary has {config.vocab_size}")
-    if form not in Model.heads:
-        able = [name for name, other in ARCHITECTURES.items() if form in other.heads]
-        expected = f"expected {' or '.join(able)}, because of the kind of the task"
-        raise UserError(f"{folder}/config.json: model_type is {type_of(Model)}; {expected}")
+    check_form(folder, Model, form)
     for name in vars(config):
         if dropout is not None and name.endswith(DROPOUTS):
             setattr(config, name, dropout)
@@ -206,6 +203,8 @@ def load_model(
     with torch.device("meta"):  # only shapes: the values come from the file
         model = Model(config, output_head, outputs, words, pooler, mlm, form)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if not tensors and not new_head:
+        raise UserError(f"{folder}: no weights; expected a trained model")
     if not tensors:
         tell(f"{folder}: no weights; the model starts from random ones")
         tensors = Model.draw(shapes, seed)
@@ -224,51 +223,17 @@ def load_model(
     return model
 
 
+def check_form(folder, Model, form):
+    """Raise UserError where the models of a class have no output head of this form."""
+    if form not in Model.heads:
+        able = [name for name, other in ARCHITECTURES.items() if form in other.heads]
+        expected = f"expected {' or '.join(able)}, because of the kind of the task"
+        raise UserError(f"{folder}/config.json: model_type is {type_of(Model)}; {expected}")
+
+
 def holds(tensors, prefix):
     """Does one of the names in `tensors` begin with `prefix`?"""
     return any(name.startswith(prefix) for name in tensors)
-
-
-def arrange_head(folder, tensors, name, labels, new_head):
-    """Put the rows of the output head `name` into the order of `labels`, or remove the head.
-
-    It stays where config.json names these labels, in whatever order and case. Else a line says so
-    or, where there may be no new head, a UserError.
-    """
-    found = [n for n in tensors if n in (f"{name}.weight", f"{name}.bias")]
-    if not found:
-        return
-    theirs = label_names(folder, name)
-    if len(labels) == 1 and theirs == [] and not new_head:
-        theirs = list(labels)  # a single value has no order
-    rows = {len(tensors[n]) for n in found}
-    for spell in (str, str.casefold):
-        wanted = [spell(label) for label in labels]
-        there = [spell(label) for label in theirs]
-        if rows == {len(set(wanted))} and sorted(wanted) == sorted(there):
-            order = [there.index(label) for label in wanted]
-            for n in found:
-                tensors[n] = tensors[n][order]
-            return
-    whose = quote(", ".join(theirs)) if theirs else f"{max(rows)} labels without names"
-    if not new_head:
-        expected = quote(", ".join(labels))
-        raise UserError(f"{folder}: its output head is for {whose}; expected {expected}")
-    for n in found:
-        del tensors[n]
-    tell(f"{folder}: its output head is for {whose}; a new one is drawn")
-
-
-def label_names(folder, name):
-    """Return the labels of the rows of the output head `name`; [] where they have no names."""
-    names = read_json(Path(folder) / "config.json").get("id2label") or {}
-    try:
-        names = [str(names[number]) for number in sorted(names, key=int)]
-    except (TypeError, ValueError):
-        return []
-    if all(re.fullmatch(r"LABEL_\d+", text) for text in names):
-        return ["start", "end"] if name == "qa_outputs" else []  # which its class says
-    return names
 
 
 def check_tensors(folder, Model, tensors, shapes, may_be_absent):

@@ -1,7 +1,7 @@
-"""Exact compaction of BERT and RoBERTa: the same function with fewer weights.
+"""Exact compaction: the same function with fewer weights.
 
-What a mask makes constant or unread is folded away. What may be folded depends on how the matrices
-of a layer are connected, so this file knows the inside of a BERT layer.
+What a mask makes constant or unread is folded away. This file knows how the six matrices of a layer
+work together, and a model's `matrices` say where they are, in an encoder as in a decoder.
 """
 
 import copy
@@ -53,19 +53,21 @@ class AttentionHead:
     o: torch.Tensor  # (m, C), the columns of O as rows
 
 
-def compact_attention(attention):
+def attention_of(layer, matrices):
+    """Return the module of a layer that has Q and the number of heads."""
+    return layer.get_submodule(matrices["Q"].rpartition(".")[0])
+
+
+def compact_attention(layer, matrices):
     """Compact the Q, K, V and O of a layer in place.
 
     Return the number of query dimensions of each head, and that of value dimensions.
     """
-    inner = attention["self"]
-    q = in_float64(inner.query)
-    k = in_float64(inner.key)
-    v = in_float64(inner.value)
-    o = in_float64(attention["output"].dense)
+    q, k, v, o = [in_float64(layer.get_submodule(matrices[letter])) for letter in "QKVO"]
+    attention = attention_of(layer, matrices)
     bias = o.bias
     heads = []
-    for rows in torch.arange(q.out_features).chunk(inner.num_heads):  # (D,)
+    for rows in torch.arange(q.out_features).chunk(attention.num_heads):  # (D,)
         # Attention weights sum to one, so that a value with an empty row is always its bias.
         constant = ~v.weight[rows].any(1)
         fixed = rows[constant]
@@ -80,11 +82,11 @@ def compact_attention(attention):
     padded = {}
     for field in fields(AttentionHead):
         padded[field.name] = pad_heads([getattr(head, field.name) for head in heads])
-    inner.query = linear_of(padded["q"], padded["q_bias"])
-    inner.key = linear_of(padded["k"], padded["k_bias"])
-    inner.value = linear_of(padded["v"], padded["v_bias"])
-    inner.num_heads = len(heads)  # its scale stays that of the original head size
-    attention["output"].dense = linear_of(padded["o"].T.contiguous(), bias)
+    layer.set_submodule(matrices["Q"], linear_of(padded["q"], padded["q_bias"]))
+    layer.set_submodule(matrices["K"], linear_of(padded["k"], padded["k_bias"]))
+    layer.set_submodule(matrices["V"], linear_of(padded["v"], padded["v_bias"]))
+    layer.set_submodule(matrices["O"], linear_of(padded["o"].T.contiguous(), bias))
+    attention.num_heads = len(heads)  # its scale stays that of the original head size
     return [len(head.q) for head in heads], [len(head.v) for head in heads]
 
 
@@ -140,16 +142,14 @@ def pad_heads(parts):
     return pad_sequence(list(parts), batch_first=True).flatten(0, 1)  # (H, n, ...) -> (H * n, ...)
 
 
-def pad_units(layer, units):
+def pad_units(layer, matrices, units):
     """Add units of zeros to a layer until it has `units` of them."""
-    up = layer.intermediate["dense"]
-    down = layer.output.dense
+    up, down = [layer.get_submodule(matrices[letter]) for letter in "UD"]
     more = units - up.out_features
-    layer.intermediate["dense"] = linear_of(
-        F.pad(up.weight, (0, 0, 0, more)),  # (n, C) -> (F, C)
-        F.pad(up.bias, (0, more)),
-    )
-    layer.output.dense = linear_of(F.pad(down.weight, (0, more)), down.bias)  # (C, n) -> (C, F)
+    weight = F.pad(up.weight, (0, 0, 0, more))  # (n, C) -> (F, C)
+    layer.set_submodule(matrices["U"], linear_of(weight, F.pad(up.bias, (0, more))))
+    weight = F.pad(down.weight, (0, more))  # (C, n) -> (C, F)
+    layer.set_submodule(matrices["D"], linear_of(weight, down.bias))
 
 
 @torch.no_grad()
@@ -164,21 +164,23 @@ def compact(model, uniform=False, drop_rows=0):
     for linear in encoder_linears(model):
         thin = linear.weight.count_nonzero(dim=1) < drop_rows  # (out,)
         linear.weight[thin] = 0.0
+    matrices = model.matrices
     sizes = []
     for layer in model.layers:
-        up = layer.intermediate["dense"]
-        up, down = compact_feed_forward(up, layer.output.dense, layer.hidden_act)
-        layer.intermediate["dense"] = up
-        layer.output.dense = down
+        up, down = [layer.get_submodule(matrices[letter]) for letter in "UD"]
+        up, down = compact_feed_forward(up, down, layer.hidden_act)
+        layer.set_submodule(matrices["U"], up)
+        layer.set_submodule(matrices["D"], down)
         heads = ([], [])  # the query and the value dimensions of each head; uniform: not said
         if not uniform:
-            heads = compact_attention(layer.attention)
+            heads = compact_attention(layer, matrices)
         sizes.append([*heads, up.out_features])
     if uniform:
-        most = max(units for _, _, units in sizes)
-        model.config.intermediate_size = max(most, 1)
+        most = max(1, *[units for _, _, units in sizes])
+        field = "n_inner" if hasattr(model.config, "n_inner") else "intermediate_size"
+        setattr(model.config, field, most)
         for layer in model.layers:
-            pad_units(layer, model.config.intermediate_size)
+            pad_units(layer, matrices, most)
     return sizes
 
 

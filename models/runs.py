@@ -227,7 +227,7 @@ def read_origin(run):
     """Return the Origin of a run; UserError where it is not finished, or does not fit the run."""
     s = run.settings
     place = f"--from {s.from_run}"
-    needs = run.kind.own_head or METHODS[s.method].output_head
+    needs = METHODS[s.method].output_head
     if not is_run(s.from_run):
         if needs == "words":
             raise UserError(f"{place}: not a run; {s.method} goes on from its own runs alone")

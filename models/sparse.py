@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import gelu
+from model import Bert, gelu
 from models.compaction import compact
 from support.matrices import encoder_linears
+from support.terminal import UserError
 
 # A matrix is stored as CSR up to this density. Measured on two cores, with the shapes of BERT-base
 # and MiniLM and 32 to 512 tokens: CSR is 1.0 to 2.4 times as fast as the dense product at density
@@ -103,8 +104,11 @@ class SparseBertModel(nn.Module):
 def sparse(model):
     """Compact a model in place, and store as CSR the matrices that are faster so.
 
-    Return how many these are.
+    Return how many these are. Raises UserError for a decoder.
     """
+    if not isinstance(model, Bert):
+        name = type(model).__name__
+        raise UserError(f"sparse: CSR is for BERT and RoBERTa, not for {name}; compact is for all")
     compact(model)
     thin = []
     for linear in encoder_linears(model):

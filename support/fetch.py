@@ -8,6 +8,7 @@ import urllib.parse
 import urllib.request
 import xml.etree.ElementTree as ElementTree
 import zipfile
+import zlib
 from pathlib import Path
 
 from support.files import atomic_write, cache_home, read_json, writable
@@ -49,9 +50,10 @@ def locate(task, split, data_dir):
             return fetch(source, folders, home)
     if task.name == "webnlg":
         archives = [path for folder in folders for path in sorted(folder.glob("webnlg*.zip"))]
-        build_webnlg(*(archives[:1] or [fetch(task.sources[0], folders, home)]), home)
+        archive = archives[0] if archives else fetch(task.sources[0], folders, home)
+        build_webnlg(archive, home)
         if not (home / name).is_file():
-            raise UserError(f"{archives[0]}: has no XML files of the {split} split")
+            raise UserError(f"{archive}: has no XML files of the {split} split")
         return home / name
     sources = [fetch(source, folders, home) for source in task.sources]
     if task.name == "mrpc":
@@ -139,22 +141,27 @@ def build_webnlg(archive, home):
     The test set is written as a whole and in two parts: its entries of the training set's
     categories are `test_seen`, the others `test_unseen`.
     """
-    entries = {"train": [], "dev": [], "test": []}
+    entries = {name: [] for name in ("train", "dev", "test", "test_seen", "test_unseen")}
+    place = archive
     try:
         with zipfile.ZipFile(archive) as zipped:
             names = sorted(name for name in zipped.namelist() if name.endswith(".xml"))
+            names = [name for name in names if not name.startswith("__MACOSX/")]  # of its Finder
             challenge = [name for name in names if "webnlg_challenge_2017/" in name]
             for name in challenge or names:  # the official zip has other releases, too
+                place = f"{archive}: {name}"
                 split = {"train", "dev", "test"}.intersection(name.split("/"))
                 if not split or ("test" in split and not name.endswith("/testdata_with_lex.xml")):
                     continue
                 root = ElementTree.fromstring(zipped.read(name))
                 entries[split.pop()] += root.iter("entry")
-    except (zipfile.BadZipFile, ElementTree.ParseError) as error:
-        raise UserError(f"{archive}: not a usable zip: {error}; remove it to download it") from None
+    except (zipfile.BadZipFile, zlib.error, ElementTree.ParseError) as error:
+        wrong = f"not a usable zip: {error}; remove it to download it"
+        raise UserError(f"{place}: {wrong}") from None
     known = {entry.get("category") for entry in entries["train"]}
-    entries["test_seen"] = [e for e in entries["test"] if e.get("category") in known]
-    entries["test_unseen"] = [e for e in entries["test"] if e.get("category") not in known]
+    for entry in entries["test"] if known else ():
+        part = "test_seen" if entry.get("category") in known else "test_unseen"
+        entries[part].append(entry)
     for split, found in entries.items():
         if found:
             root = ElementTree.Element("entries")

@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 from forks import SERVER
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers, processors
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -139,6 +139,47 @@ def kinds(tmp_path_factory):
     (folder / "span.json").write_text(json.dumps(span))
     (folder / "tag.json").write_text(json.dumps(tag))
     return {kind: str(folder / f"{kind}.json") for kind in ("span", "tag")}
+
+
+def meals(count, rng):
+    """Rows of a CSV: the source is a meal and a place, and the text says both."""
+    foods = ("fish", "soup", "rice", "cake", "bread")
+    places = ("The Mill", "Bibi", "Zizzi", "Green Man")
+    lines = ["source,text"]
+    for _ in range(count):
+        food, place = foods[rng.integers(5)], places[rng.integers(4)]
+        text = f"{place} has {food}." if rng.integers(2) else f"You get {food} at {place}."
+        lines.append(f"name : {place} | food : {food},{text}")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """Flags of train.py that choose a little random GPT-2 and a task of texts for sources.
+
+    As in `tiny`, the model, the task file and the folder of data are texts[1], [3] and [5].
+    """
+    folder = tmp_path_factory.mktemp("texts")
+    rng = np.random.default_rng(2)
+    for split, count in (("train", 200), ("dev", 30), ("test", 12)):
+        (folder / f"{split}.csv").write_text(meals(count, rng))
+    task = {"name": "meals", "kind": "generate", "metric": ["bleu", "nist"]}
+    task |= {split: f"{split}.csv" for split in ("train", "dev", "test")}
+    task |= {"source": "source", "text": "text"}
+    (folder / "task.json").write_text(json.dumps(task))
+    (folder / "model").mkdir()
+    bpe = ByteLevelBPETokenizer()
+    lines = (folder / "train.csv").read_text().splitlines()
+    bpe.train_from_iterator(lines, vocab_size=320, special_tokens=["<|endoftext|>"])
+    bpe.save(str(folder / "model" / "tokenizer.json"))
+    config = {"model_type": "gpt2", "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    config |= {"vocab_size": bpe.get_vocab_size(), "bos_token_id": 0, "eos_token_id": 0}
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    flags = ["--model", str(folder / "model"), "--task-file", str(folder / "task.json")]
+    flags += ["--data-dir", str(folder / "data"), "--max-length", "64", "--max-steps", "12"]
+    flags += ["--batch-size", "16", "--log-every", "1", "--device", "cpu", "--dtype", "fp32"]
+    flags += ["--max-new-tokens", "16", "--beams", "3"]
+    return flags
 
 
 # Each of these files has a function `begin`, which starts work that runs beside the other tests, on

@@ -28,12 +28,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from data import Task, kind_of, load_dev
-from eval import evaluate, write_predictions
+from data import Task, load_dev, with_settings
+from eval import evaluate, manner, write_predictions
 from kinds import KINDS
 from models.checkpoint import config_values, from_config_values, holds, read_safetensors
 from models.checkpoint import save_tensors
-from models.compaction import add_padding, change_heads, compact, drop_padding, matrix_names
+from models.compaction import add_padding, attention_of, change_heads, compact, drop_padding
+from models.compaction import matrix_names
 from models.runs import load_run, save_folder, trained_on
 from models.sparse import sparse
 from models.tokenizer import load_tokenizer, save_tokenizer
@@ -76,6 +77,7 @@ def export(args):
       which its config.json names in `label_words`.
     - Label words alone: BertForTokenClassification or, where starts and ends are decided,
       BertForQuestionAnswering. The rows of its linear layer are the embeddings of the words.
+    - That of a decoder: GPT2LMHeadModel, with the decoding settings of the run.
     Label words are read at position 0, or where the kind of the task reads every position, there.
     """
     make_room(args)
@@ -111,16 +113,25 @@ def write_export(folder, model, task, tokenizer):
 
 def how_to_read(name, model, task, hub_class):
     """Return lines of Python that predict with the folder `name` and `transformers`."""
-    words = model.output_head == "words"
-    pooled = model.first_only
-    inputs = '"a text"' if len(task.columns) == 1 else '"a text", "the second text"'
-    auto_class = "AutoModel" + hub_class[hub_class.find("For") :]
+    generates = model.output_head == "vocabulary"
+    auto_class = "AutoModel" + ("ForCausalLM" if generates else hub_class[hub_class.find("For") :])
     lines = [
         f"from transformers import {auto_class}, AutoTokenizer",
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
         f'model = {auto_class}.from_pretrained("{name}").eval()',
-        f'outputs = model(**tokenizer({inputs}, return_tensors="pt"))',
     ]
+    if generates:
+        source = "name : The Vaults | Type : pub" if task.options.get("mr") else "a source"
+        return [
+            *lines,
+            f'inputs = tokenizer("{source}", return_tensors="pt")  # with the separator',
+            'tokens = model.generate(**inputs)[0, inputs["input_ids"].size(1) :]',
+            "text = tokenizer.decode(tokens, skip_special_tokens=True).strip()",
+        ]
+    words = model.output_head == "words"
+    pooled = model.first_only
+    inputs = '"a text"' if len(task.columns) == 1 else '"a text", "the second text"'
+    lines.append(f'outputs = model(**tokenizer({inputs}, return_tensors="pt"))')
     place = "[0, 0]" if pooled and words else "[0]"  # of position 0, or of all
     if hub_class == model.mlm_class:
         lines.append(f"logits = outputs.logits{place}[..., model.config.label_word_ids]")
@@ -137,15 +148,15 @@ def how_to_read(name, model, task, hub_class):
 # needed to build the model, tokenizer.json the tokenizer.
 
 
-def write_compact(folder, model, task, tokenizer, settings, config, sizes):
+def write_compact(folder, model, task, tokenizer, settings, sizes):
     """Write a compacted model as a folder in our own layout.
 
-    The classes of `transformers` cannot hold heads of different sizes. `config` are the values of
-    the whole model.
+    The classes of `transformers` cannot hold heads of different sizes.
     """
     folder = Path(folder)
     state = model.state_dict()
     change_heads(state, matrix_names(model), sizes, drop_padding)
+    words = getattr(model, "words", torch.tensor([]))  # a decoder has none
     about = {
         "task": settings["task"],
         "task_file": settings["task_file"],
@@ -153,9 +164,10 @@ def write_compact(folder, model, task, tokenizer, settings, config, sizes):
         "dtype": settings["dtype"],
         "head": model.output_head,
         "kind": task.kind,
-        "config": config,
+        "settings": task.settings,  # of its kind
+        "config": config_values(model),  # of the whole model
         "outputs": model.outputs,
-        "words": model.words.tolist(),
+        "words": words.tolist(),
         "labels": list(task.labels),
         "sizes": sizes,
     }
@@ -188,17 +200,16 @@ def build_compact(about, state):
     with torch.device("meta"):  # only the structure: values and sizes come from the file
         head = (about["head"], about["outputs"], about["words"])
         model = Model(config, *head, pooler, mlm, form)
-    model.words = torch.tensor(about["words"], dtype=torch.long)
     names = matrix_names(model)
     change_heads(state, names, about["sizes"], add_padding)
     for i, layer in enumerate(model.layers):
         query_sizes, _, units = about["sizes"][i]
-        layer.attention["self"].num_heads = len(query_sizes)
+        attention_of(layer, model.matrices).num_heads = len(query_sizes)
         for name in names[i].values():
             linear = model.get_submodule(name)
             linear.weight = nn.Parameter(state[f"{name}.weight"])
             linear.bias = nn.Parameter(state[f"{name}.bias"])
-        if len(layer.intermediate["dense"].weight) != units:
+        if len(state[f"{names[i]['U']}.weight"]) != units:
             raise ValueError(f"layer {i} has other than {units} units")
     model.load_state_dict(state, assign=True)
     return model.eval()
@@ -213,18 +224,17 @@ def save_compact(args):
     device = pick_device(args.device)
     model, task, tokenizer, s = load_run(args.run, args.which)
     total = count_weights(model)
-    config = config_values(model)  # of the whole model
+    units = model.config.intermediate_size
     sizes = compact(model, args.uniform, args.drop_rows)
     if args.uniform:
         write_export(args.target, model, task, tokenizer)
         left = count_weights(model)
-        units = f"{model.config.intermediate_size:,} of {config['intermediate_size']:,} units"
-        kept = f"{units} in each layer"
+        kept = f"{model.config.intermediate_size:,} of {units:,} units in each layer"
     else:
-        write_compact(args.target, model, task, tokenizer, s, config, sizes)
+        write_compact(args.target, model, task, tokenizer, s, sizes)
         copy_task(args.run, args.target)
-        left = count_compact(sizes, config["hidden_size"])
-        kept = describe_compact(sizes, config)
+        left = count_compact(sizes, model.config.hidden_size)
+        kept = describe_compact(sizes, model.config)
     print(f"{args.target}: {left:,} of {total:,} encoder weights ({left / total:.3f}); {kept}")
     for i, (query_sizes, value_sizes, units) in enumerate(sizes):
         line = f"  layer {i:2}: "
@@ -237,7 +247,7 @@ def save_compact(args):
     before, _, _, _ = load_run(args.run, args.which)
     if not args.uniform:
         model, _ = load_compact(args.target)  # as it was written
-    compare(before, model, task, load_dev(task, tokenizer, s["max_length"], args.data_dir), device)
+    compare(before, model, load_dev(task, tokenizer, s["max_length"], args.data_dir), device)
 
 
 def copy_task(run, folder):
@@ -260,7 +270,11 @@ def load_for_use(folder):
     if not about.keys() >= needed or type(about["max_length"]) is not int:
         raise UserError(f"{path}: not whole; write it again")
     task = trained_on(folder, about)
-    tokenizer = load_tokenizer(folder, model.config.vocab_size)
+    try:
+        task = with_settings(task, about.get("settings", {}))  # older folders need none
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: settings are not whole ({error}); write it again") from None
+    tokenizer = load_tokenizer(folder, model.config.vocab_size, model.config.framed)
     settings = {"max_length": about["max_length"], "dtype": about.get("dtype", "fp32")}
     return model, task, tokenizer, settings
 
@@ -271,7 +285,7 @@ def evaluate_compact(args):
     model, task, tokenizer, s = load_for_use(args.folder)
     dev_sets = load_dev(task, tokenizer, s["max_length"], args.data_dir)
     metrics = evaluate(model.to(device), dev_sets, device, s["dtype"])
-    print(f"{args.folder}: {task.name}, {s['dtype']}: {show(metrics)}")
+    print(f"{args.folder}: {task.name}, {s['dtype']}{manner(dev_sets)}: {show(metrics)}")
 
 
 def predict_compact(args):
@@ -298,8 +312,8 @@ def describe_compact(sizes, config):
     """Return how many of the attention heads and units of a model are left."""
     heads = sum(len(query_sizes) for query_sizes, _, _ in sizes)
     units = sum(units for _, _, units in sizes)
-    all_heads = len(sizes) * config["num_attention_heads"]
-    all_units = len(sizes) * config["intermediate_size"]
+    all_heads = len(sizes) * config.num_attention_heads
+    all_units = len(sizes) * config.intermediate_size
     return f"{heads} of {all_heads} heads, {units:,} of {all_units:,} units"
 
 
@@ -317,7 +331,7 @@ def compare_sparse(args):
         print(f"  {show(evaluate(model, dev_sets, cpu, 'fp32'))}")
     else:
         before, _, _, _ = load_run(args.run, args.which)
-        compare(before, model, task, dev_sets, cpu)
+        compare(before, model, dev_sets, cpu)
 
 
 # ---------- two models of one function ------------------------------------------------------------
@@ -345,22 +359,38 @@ def alternate(functions, device, repeat, warm=2):
     return np.array(rounds[warm:])
 
 
-def compare(before, after, task, dev_sets, device):
+def compare(before, after, dev_sets, device):
     """Print how far the logits of two models on dev lie apart, their metrics, and their speed."""
     dev = list(dev_sets.values())[0]
     before = before.to(device).eval()
     after = after.to(device).eval()
-    kind = kind_of(task)
-    logits_before = kind.logits(before, dev, device, "fp32")
-    logits_after = kind.logits(after, dev, device, "fp32")
-    most = (logits_before - logits_after).abs().max()
-    print(f"logits on {len(dev):,} dev examples differ by {most:.1e} at most")
-    for what, logits in (("before", logits_before), ("after", logits_after)):
-        metrics = kind.measure(kind.predictions(logits, dev), dev.gold)
-        print(f"  {what}: {show(metrics)}")
+    kind = dev.kind
+    if kind.own_head:
+        most = furthest(before, after, dev, device)
+        predicted = [kind.predict(model, dev, device, "fp32") for model in (before, after)]
+        others = sum(one != other for one, other in zip(*predicted))
+        more = f"; {others:,} of their texts differ"
+    else:
+        logits = [kind.logits(model, dev, device, "fp32") for model in (before, after)]
+        most = (logits[0] - logits[1]).abs().max()
+        predicted = [kind.predictions(table, dev) for table in logits]
+        more = ""
+    print(f"logits on {len(dev):,} dev examples differ by {most:.1e} at most{more}")
+    for what, found in zip(("before", "after"), predicted):
+        print(f"  {what}: {show(kind.measure(found, dev.gold))}")
     for size in (1, 8, 32):
         batch = dev.collate(np.arange(min(size, len(dev))))
         speed(before, after, inputs(batch, device), device)
+
+
+@torch.no_grad()
+def furthest(before, after, dev, device):
+    """Return how far the logits of two decoders lie apart, at most, at any token of the sources."""
+    apart = []
+    for rows in dev.by_tokens(512):
+        batch = inputs(dev.collate(rows), device)
+        apart.append((before(**batch) - after(**batch)).abs().max())  # of (B, T, V)
+    return torch.stack(apart).max()
 
 
 @torch.no_grad()
