@@ -37,12 +37,17 @@ from support.terminal import figure, show, tell, warn
 # ---------- metrics -------------------------------------------------------------------------------
 
 
-def evaluate(model, dev_sets, device, dtype):
-    """Return the metrics {name: value} over `dev_sets` {split: Dataset}; see `load_dev`."""
+def evaluate(model, dev_sets, device, dtype, more=False):
+    """Return the metrics {name: value} over `dev_sets` {split: Dataset}; see `load_dev`.
+
+    `more`: those that need other programs, too.
+    """
     metrics = {}
     for split, dataset in dev_sets.items():
         predicted = dataset.kind.predict(model, dataset, device, dtype)
         metrics |= dataset.kind.measure(predicted, dataset.gold, split)
+        if more:
+            metrics |= dataset.kind.more_metrics(predicted, dataset.gold)
     return metrics
 
 
@@ -61,14 +66,14 @@ def warn_of_density(asked, achieved):
 # ---------- the report of a run -------------------------------------------------------------------
 
 
-def report(run, loaded, which, device, data_dir, split=None):
+def report(run, loaded, which, device, data_dir, split=None, more=False):
     """Print the metrics on dev or another split, the densities and the sizes of one run.
 
     `loaded`: what `load_run` returns.
     """
     model, task, tokenizer, s = loaded
     dev_sets = load_dev(task, tokenizer, s["max_length"], data_dir, split)
-    metrics = evaluate(model.to(device), dev_sets, device, s["dtype"])
+    metrics = evaluate(model.to(device), dev_sets, device, s["dtype"], more)
     step = "last step" if which == "model" else "best checkpoint"
     on = f"{task.name} {split}" if split else task.name
     print(f"{run}: {s['method']} on {on}, {step}, {s['dtype']}{manner(dev_sets)}")
@@ -126,13 +131,16 @@ def print_sizes(model, kept, total):
 # ---------- files of predictions ------------------------------------------------------------------
 
 
-def score(path, task, split, data_dir):
+def score(path, task, split, data_dir, more):
     """Print the metrics of a file of predictions, by whatever system."""
     kind = kind_of(task)
     source = locate(task, split, data_dir)
     texts, gold = read_split(task, split, source, source.read_bytes(), role="dev")
     predicted = kind.read_predictions(path, texts, gold)
-    print(f"{path}: {show(kind.measure(predicted, gold, split))}")
+    metrics = kind.measure(predicted, gold, split)
+    if more:
+        metrics |= kind.more_metrics(predicted, gold)
+    print(f"{path}: {show(metrics)}")
 
 
 def write_predictions(loaded, device, data_dir, split, path):
@@ -203,6 +211,7 @@ def parse(argv):
     add("--predictions", metavar="FILE", help="write a split's predictions")
     add("--score", metavar="FILE", help="metrics of predictions on --task; no RUN is needed")
     add("--split", help="dev, dev_mm, test or test_mm; default: dev, with --predictions test")
+    add("--metrics", choices=["all"], help="texts: METEOR, ROUGE-L and CIDEr, too; needs Java")
     add("--task", help="task of --score; or another task of the same labels: ax for a run on mnli")
     add("--task-file", metavar="JSON", help="the same, if the task is your own or has moved")
     add("--input", metavar="FILE", help="label your own text: a file, or - for standard input")
@@ -230,7 +239,7 @@ def main(argv=None):
     args = parse(argv)
     if args.score:
         task = get_task(args.task, args.task_file)
-        score(args.score, task, args.split or "dev", args.data_dir)
+        score(args.score, task, args.split or "dev", args.data_dir, args.metrics == "all")
         return
     device = pick_device(args.device)
     which = "best" if args.best else "model"
@@ -245,7 +254,8 @@ def main(argv=None):
             split = args.split or "test"
             write_predictions(loaded, device, args.data_dir, split, args.predictions)
         else:
-            report(run, loaded, which, device, args.data_dir, args.split)
+            more = args.metrics == "all"
+            report(run, loaded, which, device, args.data_dir, args.split, more)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
-"""BLEU and NIST as the E2E metric computes them in Python (tuetschek/e2e-metrics, option -p)."""
+"""The metrics of texts: BLEU and NIST as the E2E metric computes them in Python, and others.
+
+That is tuetschek/e2e-metrics with its option -p.
+"""
 
 import math
 import re
 from collections import Counter
+
+from support.terminal import UserError
 
 MARKS = (
     (r"([\{-\~\[-\` -\&\(-\+\:-\@\/])", r" \1 "),  # punctuation, but for . , - and the apostrophe
@@ -80,3 +85,26 @@ def nist(outputs, references):
     average = sum(sum(map(len, right)) / len(right) for right in references)
     beta = math.log(2) / math.log(1.5) ** 2
     return score * math.exp(-beta * math.log(min(1.0, length / average)) ** 2)
+
+
+def by_java(outputs, references):
+    """Return METEOR, ROUGE-L and CIDEr as the E2E metric has them.
+
+    `outputs` are texts, and `references` lists of texts. Their tokens are those of a Java program,
+    which has no like in Python. Raises UserError where pycocoevalcap or Java is missing.
+    """
+    try:
+        from pycocoevalcap.cider.cider import Cider
+        from pycocoevalcap.meteor.meteor import Meteor
+        from pycocoevalcap.rouge.rouge import Rouge
+        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+        tokens = PTBTokenizer()
+        said = tokens.tokenize({i: [{"caption": text}] for i, text in enumerate(outputs)})
+        right = {i: [{"caption": text} for text in texts] for i, texts in enumerate(references)}
+        right = tokens.tokenize(right)
+        scorers = {"meteor": Meteor(), "rouge_l": Rouge(), "cider": Cider()}
+    except (ImportError, FileNotFoundError) as error:
+        need = "METEOR, ROUGE-L and CIDEr need Java and `pip install pycocoevalcap`"
+        raise UserError(f"--metrics all: {need} ({error})") from None
+    return {name: float(scorer.compute_score(right, said)[0]) for name, scorer in scorers.items()}

@@ -61,8 +61,7 @@ class Classify:
         "macro_f1": macro_f1,
         "matthews": pearson,  # Matthews' correlation is that of two 0-1 variables
     }
-    # The keys of a task file besides those of every kind, and how many strings each of them holds;
-    # None: `describe` checks it
+    # The further keys of a task file, and how many strings each holds; None: `describe` checks it
     keys = {"columns": (1, 2), "label": (1, 1), "words": (1, 10**6), "labels": (2, 10**6)}
     needed = {"columns", "label", "labels"}  # those of them that must be there
     # Further keys, which may lack: what each may hold, see `options_in`. They are `task.options`.
@@ -167,8 +166,7 @@ class Classify:
             what = f"every training example of {self.task.name} has the label {only}"
             warn(f"{what}, so nothing else can be learned")
         if "class_weights" in self.task.options:
-            weights = balanced(labels, len(self.task.labels))
-            self.class_weights = torch.tensor(weights, dtype=torch.float32)
+            self.class_weights = torch.tensor(balanced(labels, len(self.task.labels))).float()
 
     # decisions and their losses
 
@@ -286,6 +284,10 @@ class Classify:
             return macro_f1(predicted, gold, len(self.classes))
         return function(predicted, gold)
 
+    def more_metrics(self, predicted, gold):
+        """Return {metric: value} of those that need other programs."""
+        raise UserError(f"--metrics all: a {self.name} task has no further metrics")
+
     # files of predictions, and the user's own texts
 
     def spell(self, predicted, exact=False):
@@ -343,8 +345,5 @@ class Classify:
         return [text for text, _, _ in rows]
 
     def from_rows(self, rows, path):
-        """Return (rows, texts, gold) to predict for a user's own rows of text, see `read`.
-
-        `rows` are strings or pairs of strings.
-        """
+        """Return (rows, texts, gold) to predict for a user's own `rows` of text, see `read`."""
         return rows, rows, None

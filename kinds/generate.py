@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from kinds.bleu import bleu, nist, tokens_of
+from kinds.bleu import bleu, by_java, nist, tokens_of
 from kinds.classify import IGNORED, Classify, Decided
 from kinds.text import copy_of, decode, flat, read_rows
 from support.machine import autocast, inputs, send
@@ -196,6 +196,9 @@ class Generate(Classify):
         except ValueError as error:
             warn(f"{name} counts as 0: {error}")
             return 0.0
+
+    def more_metrics(self, predicted, gold):
+        return by_java(predicted, gold)
 
     # files of predictions, and the user's own texts
 

@@ -146,7 +146,7 @@ def build_webnlg(archive, home):
     try:
         with zipfile.ZipFile(archive) as zipped:
             names = sorted(name for name in zipped.namelist() if name.endswith(".xml"))
-            names = [name for name in names if not name.startswith("__MACOSX/")]  # of its Finder
+            names = [name for name in names if not name.startswith("__MACOSX/")]
             challenge = [name for name in names if "webnlg_challenge_2017/" in name]
             for name in challenge or names:  # the official zip has other releases, too
                 place = f"{archive}: {name}"
@@ -156,8 +156,7 @@ def build_webnlg(archive, home):
                 root = ElementTree.fromstring(zipped.read(name))
                 entries[split.pop()] += root.iter("entry")
     except (zipfile.BadZipFile, zlib.error, ElementTree.ParseError) as error:
-        wrong = f"not a usable zip: {error}; remove it to download it"
-        raise UserError(f"{place}: {wrong}") from None
+        raise UserError(f"{place}: not a usable zip: {error}; remove it to download it") from None
     known = {entry.get("category") for entry in entries["train"]}
     for entry in entries["test"] if known else ():
         part = "test_seen" if entry.get("category") in known else "test_unseen"

@@ -3,12 +3,15 @@
 import csv
 import math
 import os
+import shutil
+import sys
 from itertools import zip_longest
 from pathlib import Path
 
 import pytest
 
-from kinds.bleu import bleu, nist, tokens_of
+from kinds.bleu import bleu, by_java, nist, tokens_of
+from support.terminal import UserError
 
 E2E = Path(os.environ.get("E2E_DIR") or "missing")
 
@@ -106,3 +109,24 @@ def test_bleu_is_that_of_sacrebleu():
     streams = [list(stream) for stream in zip_longest(*references)]
     theirs = sacrebleu.corpus_bleu(outputs, streams, lowercase=True, tokenize="13a").score / 100
     assert ours == pytest.approx(theirs, abs=1e-9)
+
+
+@pytest.mark.real
+def test_the_other_figures_of_the_e2e_metric():
+    """METEOR, ROUGE-L and CIDEr of the example, by the Java programs of pycocoevalcap."""
+    pytest.importorskip("pycocoevalcap")
+    folder = E2E / "metric-example"
+    if not folder.is_dir() or not shutil.which("java"):
+        pytest.skip("needs E2E_DIR and Java")
+    outputs = (folder / "outputs.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
+    blocks = (folder / "references.txt").read_text(encoding="utf-8").strip("\n").split("\n\n")
+    found = by_java(outputs, [block.split("\n") for block in blocks])
+    expected = {"meteor": 0.480072, "rouge_l": 0.790953, "cider": 2.303943}
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_the_other_figures_need(monkeypatch):
+    """Without pycocoevalcap a message names the metrics, and what to install."""
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider", None)
+    with pytest.raises(UserError, match="METEOR, ROUGE-L and CIDEr need Java and `pip install"):
+        by_java(["a"], [["a"]])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import eval as eval_module
 import train
@@ -114,11 +114,21 @@ def test_sparse_execution_is_refused():
 
 @pytest.fixture(scope="module")
 def finished(texts, tmp_path_factory):
-    """The folder of a finished run that is pruned by unit and decodes with three beams."""
+    """The folder of a finished run that is pruned by unit and decodes with three beams.
+
+    In its first layer some of the 32 queries, keys and values are emptied, too.
+    """
     out = tmp_path_factory.mktemp("causal") / "run"
     flags = ["--method", "movement", "--pattern", "unit", "--density", "0.4", "--lr", "0.01"]
     flags += ["--no-repeat-ngram", "3", "--max-steps", "60"]
     assert train.main([*texts, *flags, "--out", str(out)]) == 0
+    path = out / "model" / "model.safetensors"
+    tensors = load_file(path)
+    joined = tensors["transformer.h.0.attn.c_attn.weight"]  # (32, 96)
+    joined[:, [9, 10]] = 0.0  # of Q, in head 1
+    joined[:, [32 + 10, 32 + 16]] = 0.0  # of K, in heads 1 and 2
+    joined[:, [64 + 24, *range(64, 64 + 8)]] = 0.0  # of V, in head 3, and all of head 0
+    save_file(tensors, path, metadata={"format": "pt"})
     return out
 
 
@@ -136,6 +146,23 @@ def written(texts, finished):
     return lines_of(path)
 
 
+def compared(capsys, count):
+    """What compact prints: how far logits are apart, how many texts, the metrics of both models."""
+    out = capsys.readouterr().out
+    form = rf"logits on {count} dev examples differ by (\S+) at most; (\d+) of their texts differ"
+    apart, texts_apart = re.search(form, out).groups()
+    assert out.count("times as fast") == 3
+    return float(apart), int(texts_apart), *re.findall(r"(?:before|after): (.*)", out)
+
+
+def test_what_is_lost_is_printed(texts, finished, written, tmp_path, capsys):
+    """Where --drop-rows empties every matrix, the comparison says how much that changes."""
+    flags = ["--drop-rows", "200", "--data-dir", texts[5], "--device", "cpu"]
+    assert deploy.main(["compact", str(finished), str(tmp_path / "compact"), *flags]) == 0
+    apart, texts_apart, before, after = compared(capsys, len(written))
+    assert apart > 0.1 and texts_apart > 0 and before != after
+
+
 def test_compact_folder_is_the_run(texts, finished, written, tmp_path, capsys):
     """A compact folder, read again, has the metrics of the run and writes its texts.
 
@@ -144,16 +171,16 @@ def test_compact_folder_is_the_run(texts, finished, written, tmp_path, capsys):
     folder = tmp_path / "compact"
     data = ["--data-dir", texts[5], "--device", "cpu"]
     assert deploy.main(["compact", str(finished), str(folder), *data]) == 0
-    out = capsys.readouterr().out
-    apart = re.search(r"logits on (\d+) dev examples differ by (\S+) at most; 0 of their", out)
-    assert int(apart[1]) == len(written) and float(apart[2]) < 1e-5
-    before, after = re.findall(r"(?:before|after): (.*)", out)
-    assert before == after
+    apart, texts_apart, before, after = compared(capsys, len(written))
+    assert apart < 1e-5 and texts_apart == 0 and before == after
     stored = load_file(folder / "compact.safetensors")
     about = json.loads((folder / "compact.json").read_text())
     for i, (_, _, units) in enumerate(about["sizes"]):
         assert units < 128
         assert len(stored[f"transformer.h.{i}.mlp.c_fc.weight"]) == units
+    assert about["sizes"][0][:2] == [[7, 7, 8], [8, 8, 7]]  # see `finished`
+    assert len(stored["transformer.h.0.attn.query.weight"]) == 7 + 7 + 8  # without padding
+    assert about["sizes"][1][:2] == [[8] * 4, [8] * 4]
 
     model, task, _, _ = deploy.load_for_use(folder)
     run, theirs, _, _ = load_run(finished)
