@@ -120,7 +120,7 @@ def finished(texts, tmp_path_factory):
     """
     out = tmp_path_factory.mktemp("causal") / "run"
     flags = ["--method", "movement", "--pattern", "unit", "--density", "0.4", "--lr", "0.01"]
-    flags += ["--no-repeat-ngram", "3", "--max-steps", "60"]
+    flags += ["--no-repeat-ngram", "3", "--max-steps", "120"]
     assert train.main([*texts, *flags, "--out", str(out)]) == 0
     path = out / "model" / "model.safetensors"
     tensors = load_file(path)

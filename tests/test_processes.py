@@ -278,6 +278,7 @@ SAME = {
     "teacher": {"method": "smp-s"},
     "span": {"method": "pins", "teacher": "self", "eval_every": 4},
     "tag": {"method": "smp-s", "teacher": "self", "eval_every": 4},
+    "texts": {"method": "pins", "teacher": "self", "eval_every": 4},
     "one-example": {"method": "dense", "batch_size": 101, "max_steps": 3},
     "headless": {"method": "smp-s"},
     "from-headless": {"method": "fixed"},
@@ -310,7 +311,8 @@ def begin(background, fixture):
             if name == "from-headless":
                 options["from"] = folder / "1" / "headless"
             flags = flags_of(**options, out=folder / world / name)
-            plan.append({"flags": [*fixture("tiny"), *flags]})
+            base = fixture("texts" if name == "texts" else "tiny")
+            plan.append({"flags": [*base, *flags]})
         plans.append(plan)
     return folder, background.call(make_both, plans, folder)
 
