@@ -29,9 +29,8 @@ class Cache:
     def add(self, k, v):
         """Add those of the next tokens, (R, H, n, D); return all."""
         if self.length == 0:
-            shape = (*k.shape[:2], self.size)
-            self.k = k.new_empty(*shape, k.size(3))
-            self.v = v.new_empty(*shape, v.size(3))
+            self.k = k.new_empty(*k.shape[:2], self.size, k.size(3))
+            self.v = v.new_empty(*v.shape[:2], self.size, v.size(3))
         end = self.length + k.size(2)
         self.k[:, :, self.length : end] = k
         self.v[:, :, self.length : end] = v
@@ -41,8 +40,7 @@ class Cache:
     def take(self, rows, first):
         """Replace the rows by `rows` of them, which are alike before token `first`."""
         if first == 0:
-            self.k = self.k[rows]
-            self.v = self.v[rows]
+            self.k, self.v = self.k[rows], self.v[rows]
             return
         new = slice(first, self.length)
         self.k[:, :, new] = self.k[rows, :, new]
@@ -63,7 +61,7 @@ class Reader:
         padded = [[-1] * (self.first - len(prompt)) + list(prompt) for prompt in prompts]
         self.tokens = torch.tensor(padded, device=device)
         size = self.first + most_new - 1  # the last new token is never read
-        self.caches = [Cache(size) for _ in model.layers] if cached else None
+        self.caches = [Cache(size) for _ in model.layers] if cached else []
 
     def logits(self):
         """Return the logits of the token after each row, (R, V) in float32."""
@@ -82,12 +80,11 @@ class Reader:
     def take(self, rows, same_prompts=False):
         """Replace the rows by `rows` of them; a row may then have another one's new tokens."""
         self.tokens = self.tokens[rows]
-        for cache in self.caches or ():
+        for cache in self.caches:
             cache.take(rows, self.first if same_prompts else 0)
 
     def append(self, tokens):
-        """Add one token (R,) to each row."""
-        self.tokens = torch.cat([self.tokens, tokens[:, None]], dim=1)
+        self.tokens = torch.cat([self.tokens, tokens[:, None]], dim=1)  # (R, T) -> (R, T + 1)
 
 
 def ban_repeats(scores, tokens, n):
@@ -96,7 +93,7 @@ def ban_repeats(scores, tokens, n):
         return
     grams = tokens.unfold(1, n, 1)  # (R, T - n + 1, n)
     last = tokens[:, tokens.size(1) - n + 1 :]  # (R, n - 1)
-    again = (grams[..., :-1] == last[:, None]).all(-1) & (grams >= 0).all(-1)
+    again = (grams[..., :-1] == last[:, None]).all(-1)  # (R, T - n + 1)
     row, place = again.nonzero(as_tuple=True)
     scores[row, grams[row, place, -1]] = -torch.inf
 
@@ -143,20 +140,14 @@ class Beams:
         self.left = list(range(count))  # the numbers of the prompts
 
     def end(self, scores, hits, texts):
-        """Keep the best of the ended beams and of candidates (B, beams) that hit an end.
-
-        Among equal scores the older beam stays.
-        """
+        """Keep the best of the ended beams and of candidates (B, beams) that hit an end."""
         self.best, order = torch.cat([self.best, scores], 1).topk(scores.size(1))
         self.ended = torch.cat([self.ended, hits], 1).gather(1, order)
         order = order[..., None].expand(-1, -1, texts.size(2))
         self.texts = torch.cat([self.texts, texts], 1).gather(1, order)
 
     def can_improve(self, size):
-        """May a running beam become better than one that has ended? (B,)
-
-        `size` is the length of a running beam to the power of the length penalty.
-        """
+        """May a running beam beat an ended one? (B,) `size`: its length ** length penalty."""
         worst = torch.where(self.ended, self.best.min(1, keepdim=True).values, NEVER)
         return (self.running[:, :1] / size > worst).any(1)
 
@@ -204,13 +195,13 @@ def beam_search(reader, ends, no_repeat, most_new, beams, length_penalty):
         reader.append(tokens.gather(1, order).flatten())
 
         goes_on = state.can_improve(size) & ~hits.all(1)
+        for i in (~goes_on).nonzero()[:, 0].tolist():
+            text = state.texts[i, 0]
+            done[state.left[i]] = text[text >= 0].tolist()
+        if not goes_on.any():
+            break
         if not goes_on.all():
-            for i in (~goes_on).nonzero()[:, 0].tolist():
-                text = state.texts[i, 0]
-                done[state.left[i]] = text[text >= 0].tolist()
             prompts = goes_on.nonzero()[:, 0]
-            if not len(prompts):
-                break
             state.take(prompts)
             rows = prompts[:, None] * beams + torch.arange(beams, device=device)
             reader.take(rows.flatten())

@@ -50,6 +50,7 @@ class GPT2Config:
     eos_token_id: int = 50256
 
     framed = False  # no special tokens stand around a text
+    type_vocab_size = 1  # there are no token types
     # What further keys may be, the value first that they have if they are not there.
     supported = {
         "activation_function": (*BY_TANH, *EXACT),
@@ -84,10 +85,6 @@ class GPT2Config:
     @property
     def positions(self):
         return self.n_positions
-
-    @property
-    def type_vocab_size(self):
-        return 1
 
 
 # ---------- the decoder ---------------------------------------------------------------------------

@@ -240,8 +240,8 @@ def test_greedy_takes_the_most_probable_token():
 
 def test_bans():
     """A token that would repeat n tokens is banned; padding, -1, repeats nothing."""
-    tokens = torch.tensor([[1, 2, 3, 1, 2], [-1, -1, 4, -1, 4], [5, 5, 5, 5, 5]])
-    for n, banned in ((3, [{3}, set(), {5}]), (2, [{3}, set(), {5}]), (0, [set()] * 3)):
+    tokens = torch.tensor([[1, 2, 3, 1, 2], [-1, -1, 4, 6, 4], [5, 5, 5, 5, 5]])
+    for n, banned in ((3, [{3}, set(), {5}]), (2, [{3}, {6}, {5}]), (0, [set()] * 3)):
         scores = torch.zeros(3, 7)
         ban_repeats(scores, tokens, n)
         assert [set(row.isinf().nonzero()[:, 0].tolist()) for row in scores] == banned

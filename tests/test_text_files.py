@@ -736,6 +736,7 @@ def scored(folder, outputs, rows, capsys, name="test.csv"):
 
 
 REFERENCES = [("s", "a b c d e"), ("t", "f g h i j"), ("s", "b c d e f"), ("u", "k l m n o")]
+OTHERS = ["f g h i j", "k l m n o"]
 WHOLE = "FILE: bleu 100.00  nist "
 
 
@@ -751,6 +752,8 @@ WHOLE = "FILE: bleu 100.00  nist "
 def test_outputs_are_lines(outputs, tmp_path, capsys):
     """One for each source, in the order of their first appearance; case is no matter."""
     assert scored(tmp_path, outputs, REFERENCES, capsys).startswith(WHOLE)
+    lines = kind_of(task_of(tmp_path)).read_predictions(tmp_path / "out.txt", "stu", None)
+    assert [line.lower() for line in lines] in (["a b c d e", *OTHERS], ["b c d e f", *OTHERS])
 
 
 def test_the_number_of_outputs(tmp_path, capsys):
