@@ -312,7 +312,7 @@ def load_dataset(task, split, tokenizer, max_length, data_dir="data", role=None)
     # The key of the cache file is made of all that decides the ids, and of nothing else.
     role = role or split.split("_")[0]
     reading = replace(task, name=role, words=(), metrics=(), files={}, other_names=(), sources=())
-    reading.rows = task.rows.get(split)
+    reading = replace(reading, settings={}, rows=task.rows.get(split))
     about = f"format 3, {max_length}, {reading}, {tokenizer.to_str()}"
     key = hashlib.sha256(hashlib.sha256(data).digest() + about.encode()).hexdigest()[:32]
     folder = data_dir / "cache" if writable(data_dir) else cache_home() / "tokens"

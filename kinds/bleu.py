@@ -45,7 +45,8 @@ def most_in_one(references, n):
 def bleu(outputs, references):
     """Return BLEU-4 of a corpus (Papineni et al. 2002), without smoothing.
 
-    `outputs` are lists of tokens, and `references` have for each a list of lists of tokens.
+    `outputs` are lists of tokens, and `references` have for each a list of lists of tokens. Where
+    most outputs are empty, the result can exceed 1, as in the E2E metric.
     """
     hits = [0] * 4
     lengths = [0] * 4
@@ -55,8 +56,6 @@ def bleu(outputs, references):
             hits[n - 1] += sum((grams(tokens, n) & most_in_one(right, n)).values())
             lengths[n - 1] += len(tokens) - (n - 1)  # below 0 for a short one, as in the E2E metric
         closest += min((abs(len(one) - len(tokens)), len(one)) for one in right)[1]
-    # where short outputs leave no length, the E2E metric divides hits by 1e-9
-    hits = [hit if size > 0 else 0 for hit, size in zip(hits, lengths)]
     logs = [math.log(max(hit, 1e-15) / max(size, 1e-9)) for hit, size in zip(hits, lengths)]
     brevity = 1 - closest / lengths[0] if lengths[0] <= closest else 0.0
     return math.exp(brevity + sum(logs) / 4)

@@ -97,8 +97,7 @@ class Generate(Classify):
     # tokens
 
     def encode(self, texts, gold, tokenizer, max_length):
-        room = self.task.settings.get("max_new_tokens", 0)
-        return encode_texts(texts, tokenizer, max_length, room)
+        return encode_texts(texts, tokenizer, max_length)
 
     def check(self, dataset, name):
         where = f"of {name} at --max-length {dataset.max_length}"
@@ -149,8 +148,10 @@ class Generate(Classify):
         longer = replace(dataset, lengths=dataset.lengths + s["max_new_tokens"])
         parts = longer.by_tokens(rows)[rank::world]
         ends = [self.end]
-        decoding = (s["beams"], s["length_penalty"], s["no_repeat_ngram"], s["max_new_tokens"])
-        table = torch.zeros(len(dataset), s["max_new_tokens"], dtype=torch.long)
+        room = model.config.positions + 1 - int(dataset.lengths.max())
+        most_new = min(s["max_new_tokens"], room)  # the same in every batch
+        decoding = (s["beams"], s["length_penalty"], s["no_repeat_ngram"], most_new)
+        table = torch.zeros(len(dataset), most_new, dtype=torch.long)
         with model.plain(), autocast(device, dtype), live("generate", len(parts)) as bar:
             for part in parts:
                 prompts = [dataset.ids[dataset.tokens(row)].tolist() for row in part]
@@ -192,7 +193,10 @@ class Generate(Classify):
         outputs = [tokens_of(text) for text in predicted]
         references = [[tokens_of(text) for text in texts] for texts in gold]
         try:
-            return self.metrics[name](outputs, references)
+            value = self.metrics[name](outputs, references)
+            if name == "bleu" and value > 1:
+                raise ValueError("most outputs are empty, for which it is not defined")
+            return value
         except ValueError as error:
             warn(f"{name} counts as 0: {error}")
             return 0.0
@@ -304,13 +308,13 @@ def read_dart(path, text, labelled):
 # ---------- tokens --------------------------------------------------------------------------------
 
 
-def encode_texts(texts, tokenizer, max_length, room):
+def encode_texts(texts, tokenizer, max_length):
     """Return the arrays of pairs (source, text), or of sources alone.
 
     Besides `flat`: "labels" (tokens,), the next token where it belongs to a text or is its end,
     else IGNORED; "cut" (n,), of which rows the source is cut. A source leaves room for its text
-    or, without one, for `room` tokens, but for half of `max_length` at most. A text has no special
-    tokens: where it spells one, it is read as plain text, or it would end there.
+    or, without one, a quarter of `max_length`. A text has no special tokens: where it spells one,
+    it is read as plain text, or it would end there.
     """
     end = tokenizer.encode("").ids[-1]
     plain = copy_of(tokenizer)
@@ -329,7 +333,7 @@ def encode_texts(texts, tokenizer, max_length, room):
             targets = plain.encode_batch_fast(targets, add_special_tokens=False)
             for source, target in zip(sources, targets):
                 text = [*target.ids, end] if paired else []
-                most = max_length - 1 - (len(text) if paired else min(room, max_length // 2))
+                most = max_length - 1 - (len(text) if paired else max_length // 4)
                 row = [*source.ids[: max(0, most)], end]
                 second.append(len(row))
                 whole = np.array(row + text, np.int32)

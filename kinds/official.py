@@ -51,7 +51,7 @@ OFFICIAL = {
         folder="webnlg", columns=("source",), label="text",
         files={split: f"webnlg/{split}.xml"
                for split in ("train", "dev", "test", "test_seen", "test_unseen")},
-        rows={"train": 18_025},
+        rows={"train": 18_025, "dev": 870},
         sources=((f"https://gitlab.com/shimorina/webnlg-dataset/-/archive/{WEBNLG}/"
                   f"webnlg-dataset-{WEBNLG}.zip",
                   "d6837063d6ef2a2e05418c1511f989c85fd9fffd21f5bd04bc5b34886f24c94e"),)),

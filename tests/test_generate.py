@@ -185,6 +185,17 @@ def test_a_tiny_model_learns(finished):
     assert result_of(finished / "dense")["metrics"]["bleu"] > 0.5
 
 
+def test_metrics_that_are_not_defined(texts, capsys):
+    """They count as 0, with a warning: a run goes on, and none of them is the best."""
+    kind = dataset_of(texts, "dev").kind
+    right = [["a b c d e f g h i j k l"]] * 40
+    empty = kind.measure([right[0][0], *[""] * 39], right)
+    assert empty == {"bleu": 0.0, "nist": 0.0}
+    told = capsys.readouterr().err
+    assert "warning: bleu counts as 0: most outputs are empty" in told
+    assert "warning: nist counts as 0: the outputs have no 3 tokens in a row" in told
+
+
 def test_what_is_measured_when(texts, tmp_path, capsys):
     """During training some dev sources are measured, greedily; at the end all, with beams.
 

@@ -592,7 +592,7 @@ def test_rows_of_a_training_set(tokenizer):
     end = tokenizer.token_to_id("<|endoftext|>")
     sources = ["name : Bibi", ""]
     pairs = [(source, text) for source in sources for text in TRICKY]
-    arrays = encode_texts(pairs, tokenizer, 512, 99)
+    arrays = encode_texts(pairs, tokenizer, 512)
     assert not arrays["cut"].any()
     for (source, text), row in zip(pairs, rows_of(arrays)):
         ids, _, second = row
@@ -610,31 +610,26 @@ def test_special_tokens(tokenizer):
     before = tokenizer.to_str()
     end, sep = map(tokenizer.token_to_id, ("<|endoftext|>", "<sep>"))
     pair = ("a<sep>b<|endoftext|>c", "a<sep>b")
-    (ids, labels, second), *_ = rows_of(encode_texts([pair], tokenizer, 64, 0))
+    (ids, labels, second), *_ = rows_of(encode_texts([pair], tokenizer, 64))
     check_decisions((ids, labels, second), end)
     assert ids[:second].count(sep) == 1 and ids[:second].count(end) == 2
     assert sep not in ids[second:]
     assert tokenizer.decode(ids[second:]) == " a<sep>b"
-    ((sources, *_),) = rows_of(encode_texts([pair[0]], tokenizer, 64, 0))
+    ((sources, *_),) = rows_of(encode_texts([pair[0]], tokenizer, 64))
     assert sources == ids[:second]
     assert tokenizer.to_str() == before and not tokenizer.encode_special_tokens
 
 
 def test_rows_of_sources(tokenizer):
-    """A source and the end; nothing is decided; they leave room for new tokens."""
+    """A source and the end; nothing is decided; they leave a quarter for new tokens."""
     end = tokenizer.token_to_id("<|endoftext|>")
     source = "name : Bibi | food : fish and soup"
     whole = tokenizer.encode(source, add_special_tokens=False).ids
     count = len(whole)
     assert count > 8
-    for max_length, room, kept in (
-        (count + 5, 4, count),
-        (count + 4, 4, count - 1),
-        (count + 1, 0, count),
-        (count, 0, count - 1),
-        (8, 999, 3),  # room is half of max_length at most
-    ):
-        arrays = encode_texts([source, "", source], tokenizer, max_length, room)
+    for max_length in (8, 12, count, count + 9, 64):
+        kept = min(count, max_length - 1 - max_length // 4)
+        arrays = encode_texts([source, "", source], tokenizer, max_length)
         for row, expected in zip(rows_of(arrays), (whole[:kept], [], whole[:kept])):
             assert row == ([*expected, end], [IGNORED] * (len(expected) + 1), len(expected) + 1)
         assert arrays["cut"].tolist() == [kept < count, False, kept < count]
@@ -649,7 +644,7 @@ def test_max_length_cuts_the_source(tokenizer):
     then = [*tokenizer.encode(f" {text}", add_special_tokens=False).ids, end]
     whole = [*first, end, *then]
     for max_length in range(2, len(whole) + 3):
-        arrays = encode_texts([(source, text)], tokenizer, max_length, 999)
+        arrays = encode_texts([(source, text)], tokenizer, max_length)
         ((ids, labels, second),) = rows_of(arrays)
         room = max(0, min(len(first), max_length - 1 - len(then)))
         expected = [*first[:room], end, *then]
@@ -662,12 +657,12 @@ def test_max_length_cuts_the_source(tokenizer):
 def test_many_rows(tokenizer):
     """Rows are tokenised in chunks, of a training set and of another split."""
     pairs = [(f"name {i}", f"text {i}") for i in range(4_100)]
-    rows = rows_of(encode_texts(pairs, tokenizer, 64, 0))
+    rows = rows_of(encode_texts(pairs, tokenizer, 64))
     assert len(rows) == 4_100
     for i in (0, 4_095, 4_096, 4_099):
         check_decisions(rows[i], rows[i][0][-1])
         assert spelled(tokenizer, rows[i][0]) == f"name {i}<|endoftext|> text {i}<|endoftext|>"
-    (ids, *_) = rows_of(encode_texts([pair[0] for pair in pairs], tokenizer, 64, 0))[4_099]
+    (ids, *_) = rows_of(encode_texts([pair[0] for pair in pairs], tokenizer, 64))[4_099]
     assert spelled(tokenizer, ids) == "name 4099<|endoftext|>"
 
 
@@ -714,8 +709,10 @@ def test_a_split_as_arrays(tokenizer, tmp_path):
     assert len(dev) == 4 and dev.decision_counts.tolist() == [0] * 4
     assert dev.examples[0] == ("a, b", ['He said "x".', "again"])
     assert dev.gold == read(as_csv(PAIRS), split="dev")[1]
-    room = replace(task, settings={"max_new_tokens": 60})
-    assert load_dev(room, tokenizer, 64, tmp_path)["dev"].lengths.max() <= 32
+    cached = set((tmp_path / "cache").iterdir())
+    other = replace(task, settings={"beams": 7})  # changes no token
+    assert len(load_dev(other, tokenizer, 64, tmp_path)["dev"]) == 4
+    assert set((tmp_path / "cache").iterdir()) == cached
 
 
 # -------------------------------------------------------------------------------------------------
