@@ -278,9 +278,9 @@ class Dataset:
         """Return rows as tensors, padded to the longest of them and to a multiple of 8.
 
         input_ids and token_type_ids are (B, T) int64, and attention_mask is (B, T) bool. If there
-        are labels, labels is (B, ...), or (B, T) where tokens have labels. rows, (B,) or where
-        every position is read (B, T), says in which row of a table over the whole split the logits
-        stand; -1 for padding.
+        are labels, labels is (B, ...), or (B, T) where tokens have labels. reads, (n,), then says
+        which of all B * T have one. rows, (B,) or where every position is read (B, T), says in
+        which row of a table over the whole split the logits stand; -1 for padding.
         """
         starts = self.starts[indices]  # (B,)
         lengths = self.lengths[indices]  # (B,)
@@ -296,6 +296,7 @@ class Dataset:
         if self.kind.label_per_token:
             batch["labels"] = np.full(mask.shape, IGNORED)
             batch["labels"][mask] = self.labels[source[mask]]
+            batch["reads"] = np.flatnonzero(batch["labels"] != IGNORED)
         elif self.labels is not None:
             batch["labels"] = self.labels[indices]
         return {name: torch.from_numpy(array) for name, array in batch.items()}

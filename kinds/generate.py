@@ -114,9 +114,8 @@ class Generate(Classify):
     # decisions and their losses
 
     def decide(self, net, batch, device, dtype):
-        labels = batch["labels"].flatten()  # (B * T), on the CPU
-        reads = (labels != IGNORED).nonzero()[:, 0]  # (n,)
-        labels = send(labels[reads], device)
+        reads = batch["reads"]  # (n,), where decisions are made
+        labels = send(batch["labels"].flatten()[reads], device)  # (n,)
         on_device = inputs(batch, device) | {"reads": send(reads, device)}
         ask = partial(self.ask, inputs=on_device, device=device, dtype=dtype)
         logits = ask(net)  # (n, V)

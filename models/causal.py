@@ -98,7 +98,7 @@ def ban_repeats(scores, tokens, n):
     scores[row, grams[row, place, -1]] = -torch.inf
 
 
-# ---------- greedy --------------------------------------------------------------------------------
+# ---------- greedy decoding, and beam search ------------------------------------------------------
 
 
 def greedy(reader, ends, no_repeat, most_new):
@@ -122,9 +122,6 @@ def greedy(reader, ends, no_repeat, most_new):
     return done
 
 
-# ---------- beam search ---------------------------------------------------------------------------
-
-
 class Beams:
     """The beams of B prompts that go on, and the best that have ended.
 
@@ -132,9 +129,9 @@ class Beams:
     """
 
     def __init__(self, count, beams, most_new, device):
-        self.running = torch.full((count, beams), NEVER, device=device)  # sums of log p
+        # the sums of log p of running beams, and the scores of ended ones
+        self.running, self.best = torch.full((2, count, beams), NEVER, device=device)
         self.running[:, 0] = 0.0  # at first there is one beam
-        self.best = torch.full((count, beams), NEVER, device=device)  # scores of ended beams
         self.ended = torch.zeros(count, beams, dtype=torch.bool, device=device)  # is there one?
         self.texts = torch.full((count, beams, most_new), -1, device=device)  # their new tokens
         self.left = list(range(count))  # the numbers of the prompts
@@ -163,8 +160,7 @@ def beam_search(reader, ends, no_repeat, most_new, beams, length_penalty):
     The length counts new tokens, with the end. A prompt is done when no running beam, as long as it
     is now, is better than the worst of as many ended ones.
     """
-    count = len(reader.tokens)
-    device = reader.tokens.device
+    count, device = len(reader.tokens), reader.tokens.device
     done = [None] * count
     state = Beams(count, beams, most_new, device)
     for step in range(1, most_new + 1):
@@ -184,20 +180,19 @@ def beam_search(reader, ends, no_repeat, most_new, beams, length_penalty):
         hits = torch.isin(tokens, ends) | (step == most_new)
 
         size = step**length_penalty
-        top = slice(beams)  # only these may end
-        scores = torch.where(hits[:, top], sums[:, top] / size, NEVER)
+        ends_here = hits[:, :beams]  # only the best candidates may end
+        scores = torch.where(ends_here, sums[:, :beams] / size, NEVER)
         texts = torch.full((len(state.left), beams, most_new), -1, device=device)
-        texts[..., : step - 1] = reader.tokens[rows[:, top], reader.first :]
-        texts[..., step - 1] = tokens[:, top]
-        state.end(scores, hits[:, top], texts)
+        texts[..., : step - 1] = reader.tokens[rows[:, :beams], reader.first :]
+        texts[..., step - 1] = tokens[:, :beams]
+        state.end(scores, ends_here, texts)
         state.running, order = torch.where(hits, sums + NEVER, sums).topk(beams)
         reader.take(rows.gather(1, order).flatten(), same_prompts=True)
         reader.append(tokens.gather(1, order).flatten())
 
         goes_on = state.can_improve(size) & ~hits.all(1)
         for i in (~goes_on).nonzero()[:, 0].tolist():
-            text = state.texts[i, 0]
-            done[state.left[i]] = text[text >= 0].tolist()
+            done[state.left[i]] = [token for token in state.texts[i, 0].tolist() if token >= 0]
         if not goes_on.any():
             break
         if not goes_on.all():

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import prune
 import train
-from kinds import KINDS, classify
+from kinds import KINDS, classify, generate
 from models import checkpoint, resume, runs, teacher
 from support import machine, selection, terminal
 
@@ -174,6 +174,8 @@ def fake_device():
             replace(owner, "to_safetensors", lambda *args, **kwargs: b"")
         for kind in KINDS.values():
             replace(kind, "predictions", no_predictions)
+        # Where a text ends depends on its tokens, which have no values.
+        replace(generate.Generate, "predict", lambda self, model, part, *args: [""] * len(part))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         device = stack.enter_context(FakeDevice())
         replace(classify, "MAX_TOKENS", {"cuda": 600})  # so that a split has several batches
@@ -280,7 +282,9 @@ def check_state(run):
     assert all(group["fused"] for group in run.optimizer.param_groups), "AdamW is not fused"
     tensors = resume.remembered(run) | dict(run.model.named_parameters())
     tensors |= dict(run.model.named_buffers()) | {"loss_sum": run.loss_sum}
-    if run.teacher.table is not None:
+    if run.kind.teaches_beside and run.teacher.table:
+        tensors |= run.teacher.table.state_dict()
+    elif run.teacher.table is not None:
         tensors["teacher"] = run.teacher.table
     elsewhere = [name for name, tensor in tensors.items() if tensor.device.type != "cuda"]
     assert not elsewhere, f"not on the device: {elsewhere}"

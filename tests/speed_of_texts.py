@@ -34,8 +34,8 @@ SHAPES = {
     "4 x 256": {"vocab_size": 4000, "n_positions": 256, "n_embd": 256, "n_layer": 4, "n_head": 4},
     "GPT-2": {},
 }
-PROMPT, NEW = 40, 24  # tokens
-REPEAT = 5
+PROMPT, NEW = 40, 16  # tokens
+REPEAT = 3
 
 
 def model_of(shape, **changes):
@@ -52,7 +52,8 @@ def batch_of(model, size=16, source=40, text=28):
     ids = torch.randint(1, model.config.vocab_size, (size, length))
     labels = torch.full((size, length), -100)
     labels[:, source - 1 : -1] = ids[:, source:]
-    batch = {"input_ids": ids, "labels": labels, "rows": torch.arange(size)}
+    reads = (labels.flatten() >= 0).nonzero()[:, 0]
+    batch = {"input_ids": ids, "labels": labels, "rows": torch.arange(size), "reads": reads}
     batch["attention_mask"] = torch.ones_like(ids)
     return batch | {"token_type_ids": torch.zeros_like(ids)}
 
@@ -72,7 +73,11 @@ def ratio(what, functions):
 
 
 def generate():
-    """Print transformers' time over ours: above 1 ours is faster."""
+    """Print transformers' time over ours: above 1 ours is faster.
+
+    With GPT-2's shape a batch of 32 is decoded greedily and with the cache alone: the rest takes
+    hours on a core.
+    """
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -84,7 +89,9 @@ def generate():
         for size in (1, 32):
             for beams in (1, 5):
                 for cached in (True, False):
-                    compare(shape, model, theirs, size, beams, cached)
+                    slow = shape == "GPT-2" and size == 32 and (beams == 5 or not cached)
+                    if not slow:
+                        compare(shape, model, theirs, size, beams, cached)
 
 
 def compare(shape, model, theirs, size, beams, cached):

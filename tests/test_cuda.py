@@ -33,6 +33,8 @@ CASES = [
     "--method platon --dtype fp32",
     "--method pins --dtype bf16 --teacher self --eval-every 1 --task-file span.json",
     "--method pins --dtype fp16 --teacher self:RUN --pins-score signed --grad-accum 2",
+    "--method smp-s --dtype bf16 --teacher self --eval-every 1 --label-smoothing 0.1",  # texts
+    "--method pins --dtype fp16 --grad-accum 2 --beams 2",  # texts
 ]
 
 # A fault of fake_cuda.FAULTS: the flags of the run, and the file and the code of the line where the
@@ -68,14 +70,14 @@ def begin(background, fixture):
     if not torch.cuda.is_available():
         library = fake_cuda.build_library(compiler(), folder)
         code = f"import ctypes; ctypes.CDLL({str(library)!r}); {code}"
-    cases = cases_of(folder, fixture("tiny"), fixture("kinds"))
+    cases = cases_of(folder, fixture("tiny"), fixture("texts"), fixture("kinds"))
     (folder / "cases.json").write_text(json.dumps(cases))
     paths = os.pathsep.join([str(fake_cuda.ROOT), str(fake_cuda.ROOT / "tests")])
     command = [sys.executable, "-c", code, str(folder / "cases.json")]
     return background.start(command, env={"PYTHONPATH": paths})
 
 
-def cases_of(folder, tiny, kinds):
+def cases_of(folder, tiny, texts, kinds):
     """Return {case or fault: [flags, the fault or None]}."""
     teacher = folder / "teacher"
     dense = ["--method", "dense", "--max-steps", "1", "--out", str(teacher)]
@@ -86,7 +88,8 @@ def cases_of(folder, tiny, kinds):
         for kind, path in kinds.items():
             case_here = case_here.replace(f"{kind}.json", path)
         flags = shlex.split(case_here)
-        cases[case] = ([*tiny, *two_steps(flags), *flags], None)
+        base = texts if {"--beams", "--label-smoothing"} & set(flags) else tiny
+        cases[case] = ([*base, *two_steps(flags), *flags], None)
     for fault, (flags, _, _) in FAULTS.items():
         flags = shlex.split(flags)
         cases[fault] = ([*tiny, *two_steps(flags), *flags], fault)

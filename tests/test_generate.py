@@ -100,6 +100,7 @@ def test_loss_and_gradients(mode, smoothing, texts):
             rows_of = dataset.collate(part)
             for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", IGNORED)):
                 rows_of[name] = torch.nn.functional.pad(rows_of[name], (0, padding), value=fill)
+            rows_of["reads"] = (rows_of["labels"].flatten() != IGNORED).nonzero()[:, 0]
             decided = dataset.kind.decide(net, rows_of, CPU, "fp32")
             total = total + teacher.losses(dataset.kind, decided).sum() * factor
         return float(total.detach()), torch.autograd.grad(total, parameters)
