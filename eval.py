@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from data import get_task, kind_of, load_dataset, load_dev, make_dataset, read_split
+from data import with_settings
 from kinds.classify import HEADER
 from models.runs import load_run
 from support.fetch import locate
@@ -247,6 +248,7 @@ def main(argv=None):
         model, task, tokenizer, settings = load_run(run, which)
         if args.task or args.task_file:
             task = task_of_same_labels(args.task, args.task_file, task)
+            task = with_settings(task, settings)
         loaded = (model, task, tokenizer, settings)
         if args.input:
             label_texts(loaded, device, args.input)

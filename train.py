@@ -243,7 +243,8 @@ class Run:
         if s.teacher_split:
             if len(self.train_set.gold) < 2:
                 raise UserError("--teacher-split: the training set has one example; expected two")
-            self.train_set, self.held_out["dev"] = self.train_set.split(s.teacher_split, s.seed)
+            self.train_set, part = self.train_set.split(s.teacher_split, s.seed)
+            self.held_out["dev"] = part.kind.quick(part)
         self.steps_per_epoch = len(self.batches_of(0))
         self.examples_per_step = len(self.train_set) / self.steps_per_epoch
         self.total_steps = s.max_steps or s.epochs * self.steps_per_epoch

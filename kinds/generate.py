@@ -143,17 +143,18 @@ class Generate(Classify):
         """Return a text for each source. Under torchrun each rank writes its share of them."""
         s = self.task.settings
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        rows = MAX_TOKENS[device.type] // s["beams"]
-        longer = replace(dataset, lengths=dataset.lengths + s["max_new_tokens"])
-        parts = longer.by_tokens(rows)[rank::world]
-        ends = [self.end]
-        room = model.config.positions + 1 - int(dataset.lengths.max())
+        sizes = dataset.second  # of the prompts; a row of a training set goes on
+        room = model.config.positions + 1 - int(sizes.max())
         most_new = min(s["max_new_tokens"], room)  # the same in every batch
+        tokens_at_once = MAX_TOKENS[device.type] // s["beams"]
+        parts = replace(dataset, lengths=sizes + most_new).by_tokens(tokens_at_once)[rank::world]
         decoding = (s["beams"], s["length_penalty"], s["no_repeat_ngram"], most_new)
+        ends = [self.end]
         table = torch.zeros(len(dataset), most_new, dtype=torch.long)
         with model.plain(), autocast(device, dtype), live("generate", len(parts)) as bar:
             for part in parts:
-                prompts = [dataset.ids[dataset.tokens(row)].tolist() for row in part]
+                whole = [dataset.ids[dataset.tokens(row)] for row in part]
+                prompts = [ids[:size].tolist() for ids, size in zip(whole, sizes[part])]
                 for row, tokens in zip(part, model.generate(prompts, ends, *decoding)):
                     table[row, : len(tokens)] = torch.tensor(tokens) + 1  # 0: there is no token
                 bar.update()
@@ -172,7 +173,8 @@ class Generate(Classify):
 
     def quick(self, dataset):
         settings = self.task.settings | {"beams": 1}
-        part = dataset.take(np.arange(min(len(dataset), settings["eval_sources"])))
+        count = min(len(dataset), settings["eval_sources"])
+        part = dataset.take(np.arange(count) * len(dataset) // count)  # from all parts of the file
         part.kind = type(self)(replace(self.task, settings=settings), self.tokenizer_used)
         return part
 
@@ -181,7 +183,7 @@ class Generate(Classify):
         s = self.task.settings
         how = f"at most {s['max_new_tokens']} new tokens"
         if s["no_repeat_ngram"]:
-            how += f", no {s['no_repeat_ngram']} tokens twice"
+            how += f", no {s['no_repeat_ngram']}-gram twice"
         if s["beams"] > 1:
             how = f"{s['beams']} beams, length penalty {s['length_penalty']:g}, {how}"
         else:
