@@ -64,9 +64,10 @@ def model_sha256(folder):
 
 
 def is_without_weights(folder):
-    """Does a folder describe a model that starts from random weights?"""
+    """Does a folder describe a model that starts from random weights? It has none in any form."""
     Model, _ = read_config(folder)
-    return hasattr(Model, "draw") and not any(Path(folder).glob("*.safetensors*"))
+    forms = ("*.safetensors*", "*.bin*", "*.h5", "*.msgpack", "*.pt", "*.pth", "*.ckpt*", "*.gguf")
+    return hasattr(Model, "draw") and not any(any(Path(folder).glob(form)) for form in forms)
 
 
 # What the keys of config.json may be, the value first that they have if they are not there.

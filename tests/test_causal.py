@@ -121,6 +121,13 @@ def test_random_weights(tmp_path, texts, capsys):
     assert not torch.equal(layer.attn.query.weight, other.layers[3].attn.query.weight)
 
 
+def test_weights_in_another_form_are_not_replaced_by_random_ones(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config_values(random_gpt2())))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(UserError, match="pickled .bin checkpoints are refused"):
+        load_model(tmp_path, "vocabulary", form="vocabulary")
+
+
 def test_each_kind_of_task_needs_its_architecture(tiny, texts, tmp_path, capsys):
     """A decoder has no head for classes, and an encoder none for texts; one line says so."""
     out = ["--out", tmp_path / "out"]
