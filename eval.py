@@ -141,7 +141,7 @@ def score(path, task, split, data_dir, more):
     metrics = kind.measure(predicted, gold, split)
     if more:
         metrics |= kind.more_metrics(predicted, gold)
-    print(f"{path}: {show(metrics)}")
+    print(f"{path}: {show(metrics)}{kind.note}")
 
 
 def write_predictions(loaded, device, data_dir, split, path):

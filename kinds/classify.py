@@ -55,6 +55,7 @@ class Classify:
     teaches_beside = False  # does a teacher compute beside the student? Else it fills a table
     uses = ()  # the settings that only some kinds use; a task has them as `settings`
     how = ""  # how predictions are made, where there is more than one way
+    note = ""  # what to know of the metrics
     metrics = {
         "accuracy": lambda predicted, labels: float(np.mean(predicted == labels)),
         "f1": f1,  # of the positive class, see `metric`

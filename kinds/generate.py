@@ -181,14 +181,18 @@ class Generate(Classify):
     @property
     def how(self):
         s = self.task.settings
-        how = f"at most {s['max_new_tokens']} new tokens"
+        how = "greedy"
+        if s["beams"] > 1:
+            how = f"{s['beams']} beams, length penalty {s['length_penalty']:g}"
+        how += f", at most {s['max_new_tokens']} new tokens"
         if s["no_repeat_ngram"]:
             how += f", no {s['no_repeat_ngram']}-gram twice"
-        if s["beams"] > 1:
-            how = f"{s['beams']} beams, length penalty {s['length_penalty']:g}, {how}"
-        else:
-            how = f"greedy, {how}"
-        return how
+        return how + self.note
+
+    @property
+    def note(self):
+        scorer = self.task.options.get("published")
+        return f"; published figures are {scorer}'s, which differ" if scorer else ""
 
     def metric(self, name, predicted, gold):
         outputs = [tokens_of(text) for text in predicted]

@@ -6,6 +6,7 @@ DART = "https://raw.githubusercontent.com/Yale-LILY/dart/master/data/v1.1.1/dart
 WEBNLG = "587fa698bec705efbefe72a235a6019c2b9b8b6c"  # the version of its repository
 # What a task of texts for sources has no use for, and its metrics.
 TEXTS = {"kind": "generate", "labels": (), "spelling": (), "words": (), "metrics": ("bleu", "nist")}
+OTHER_SCORER = {"published": "GenerationEval"}  # whose figures the papers have
 
 # fmt: off
 OFFICIAL = {
@@ -48,7 +49,7 @@ OFFICIAL = {
     # The challenge of 2017. support/fetch.py makes a file of each split. Its tests differ in
     # whether the categories of their entries are in the training set.
     "webnlg": TEXTS | dict(
-        folder="webnlg", columns=("source",), label="text",
+        folder="webnlg", columns=("source",), label="text", options=OTHER_SCORER,
         files={split: f"webnlg/{split}.xml"
                for split in ("train", "dev", "test", "test_seen", "test_unseen")},
         rows={"train": 18_025, "dev": 870},
@@ -56,7 +57,7 @@ OFFICIAL = {
                   f"webnlg-dataset-{WEBNLG}.zip",
                   "d6837063d6ef2a2e05418c1511f989c85fd9fffd21f5bd04bc5b34886f24c94e"),)),
     "dart": TEXTS | dict(
-        folder="dart", columns=("source",), label="text",
+        folder="dart", columns=("source",), label="text", options=OTHER_SCORER,
         files={split: f"dart-v1.1.1-full-{split}.json" for split in ("train", "dev", "test")},
         sources=(
             (f"{DART}train.json",

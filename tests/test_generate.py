@@ -301,6 +301,13 @@ def test_predictions_and_scores(finished, texts, tmp_path, capsys):
     assert evaluation.main([run_folder, "--split", "test", "--predictions", str(path) + "2"]) == 0
 
 
+def test_published_figures_of_another_scorer(capsys):
+    """A score on WebNLG or DART says that the published figures cannot be compared with it."""
+    for name, said in (("webnlg", True), ("dart", True), ("e2e", False)):
+        kind = data.kind_of(with_settings(get_task(name), SETTINGS))
+        assert ("GenerationEval" in kind.how) == ("GenerationEval" in kind.note) == said
+
+
 def test_input(finished, tmp_path, capsys):
     """Each source of your own is answered with a text, in the order of the file."""
     path = tmp_path / "mine.csv"
