@@ -149,13 +149,12 @@ class Generate(Classify):
         tokens_at_once = MAX_TOKENS[device.type] // s["beams"]
         parts = replace(dataset, lengths=sizes + most_new).by_tokens(tokens_at_once)[rank::world]
         decoding = (s["beams"], s["length_penalty"], s["no_repeat_ngram"], most_new)
-        ends = [self.end]
         table = torch.zeros(len(dataset), most_new, dtype=torch.long)
         with model.plain(), autocast(device, dtype), live("generate", len(parts)) as bar:
             for part in parts:
                 whole = [dataset.ids[dataset.tokens(row)] for row in part]
                 prompts = [ids[:size].tolist() for ids, size in zip(whole, sizes[part])]
-                for row, tokens in zip(part, model.generate(prompts, ends, *decoding)):
+                for row, tokens in zip(part, model.generate(prompts, [self.end], *decoding)):
                     table[row, : len(tokens)] = torch.tensor(tokens) + 1  # 0: there is no token
                 bar.update()
         if world > 1:
