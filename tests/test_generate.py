@@ -170,6 +170,22 @@ def test_every_method_runs(method, texts, tmp_path, capsys):
     assert evaluation.main([str(out)]) == 0
 
 
+@pytest.mark.parametrize("pattern, density", [("head", 0.5), ("unit", 0.25), ("2:4", 0.5)])
+def test_patterns(pattern, density, texts, tmp_path):
+    """Whole heads, whole units, or two of four neighbours of a decoder are kept."""
+    out = tmp_path / "run"
+    run(texts, out, method="movement", pattern=pattern, density=density, max_steps=8, beams=1)
+    model, _, _, _ = load_run(out)
+    kept = model.layers[0].mlp["c_fc"].weight != 0  # (F, C)
+    if pattern == "2:4":
+        assert (kept.unflatten(1, (-1, 4)).sum(-1) == 2).all()
+    else:
+        assert set(kept.float().mean(1).tolist()) == {0.0, 1.0}
+    if pattern == "head":
+        rows_of_heads = (model.layers[0].attn.value.weight != 0).unflatten(0, (4, -1))
+        assert sorted(rows_of_heads.float().mean((1, 2)).tolist()) == [0.0, 0.0, 1.0, 1.0]
+
+
 def test_smp_trains_scores_alone(finished):
     """At no density has SMP a new weight: what it saves are scores, and the head is the base's."""
     tensors = load_file(finished / "smp-s" / "checkpoint.safetensors")
