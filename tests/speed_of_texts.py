@@ -34,6 +34,7 @@ SHAPES = {
     "4 x 256": {"vocab_size": 4000, "n_positions": 256, "n_embd": 256, "n_layer": 4, "n_head": 4},
     "GPT-2": {},
 }
+KIND = kind_of(get_task("e2e"))
 PROMPT, NEW = 40, 16  # tokens
 REPEAT = 3
 
@@ -145,9 +146,6 @@ def step_of(name, model, teacher=None):
         method.update(401)
 
     return step
-
-
-KIND = kind_of(get_task("e2e"))
 
 
 def steps():
