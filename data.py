@@ -71,9 +71,14 @@ def kind_of(task, tokenizer=None):
     return KINDS[task.kind](task, tokenizer)
 
 
-def with_settings(task, settings):
-    """Return a task with what its kind uses of the settings {name: value} of a run."""
+def with_settings(task, settings, place):
+    """Return a task with what its kind uses of the settings {name: value} of a run.
+
+    `place` says where these are from. Raises UserError where one is not there.
+    """
     used = KINDS[task.kind].uses
+    if not isinstance(settings or {}, dict) or not set(used) <= set(settings or {}):
+        raise UserError(f"{place}: expected the settings {', '.join(used)}")
     return replace(task, settings={name: settings[name] for name in used})
 
 

@@ -46,10 +46,14 @@ def evaluate(model, dev_sets, device, dtype, more=False):
     metrics = {}
     for split, dataset in dev_sets.items():
         predicted = dataset.kind.predict(model, dataset, device, dtype)
-        metrics |= dataset.kind.measure(predicted, dataset.gold, split)
-        if more:
-            metrics |= dataset.kind.more_metrics(predicted, dataset.gold)
+        metrics |= measure(dataset.kind, predicted, dataset.gold, split, more)
     return metrics
+
+
+def measure(kind, predicted, gold, split, more):
+    """Return the metrics {name: value} of predictions; `more`: see `evaluate`."""
+    metrics = kind.measure(predicted, gold, split)
+    return metrics | kind.more_metrics(predicted, gold) if more else metrics
 
 
 def manner(dev_sets):
@@ -138,9 +142,7 @@ def score(path, task, split, data_dir, more):
     source = locate(task, split, data_dir)
     texts, gold = read_split(task, split, source, source.read_bytes(), role="dev")
     predicted = kind.read_predictions(path, texts, gold)
-    metrics = kind.measure(predicted, gold, split)
-    if more:
-        metrics |= kind.more_metrics(predicted, gold)
+    metrics = measure(kind, predicted, gold, split, more)
     print(f"{path}: {show(metrics)}{kind.note}")
 
 
@@ -230,6 +232,8 @@ def parse(argv):
         raise UserError("give RUN, or --score FILE with --task")
     if args.input and (args.split or args.task or args.task_file):
         raise UserError("--split, --task and --task-file do not go with --input")
+    if asked and args.metrics:
+        raise UserError("--metrics does not go with --predictions and --input")
     if asked and len(args.runs) > 1:
         raise UserError("--predictions and --input take one run")
     return args
@@ -240,7 +244,9 @@ def main(argv=None):
     args = parse(argv)
     if args.score:
         task = get_task(args.task, args.task_file)
-        score(args.score, task, args.split or "dev", args.data_dir, args.metrics == "all")
+        if args.metrics:
+            kind_of(task).check_more()
+        score(args.score, task, args.split or "dev", args.data_dir, bool(args.metrics))
         return
     device = pick_device(args.device)
     which = "best" if args.best else "model"
@@ -248,7 +254,9 @@ def main(argv=None):
         model, task, tokenizer, settings = load_run(run, which)
         if args.task or args.task_file:
             task = task_of_same_labels(args.task, args.task_file, task)
-            task = with_settings(task, settings)
+            task = with_settings(task, settings, run)
+        if args.metrics:
+            kind_of(task).check_more()
         loaded = (model, task, tokenizer, settings)
         if args.input:
             label_texts(loaded, device, args.input)
@@ -256,8 +264,7 @@ def main(argv=None):
             split = args.split or "test"
             write_predictions(loaded, device, args.data_dir, split, args.predictions)
         else:
-            more = args.metrics == "all"
-            report(run, loaded, which, device, args.data_dir, args.split, more)
+            report(run, loaded, which, device, args.data_dir, args.split, bool(args.metrics))
 
 
 if __name__ == "__main__":

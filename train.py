@@ -101,12 +101,12 @@ class Settings:
     teacher: str = None  # none, RUN (dense), self (own best) or self:RUN; recipe pins self
     teacher_split: number(float, "[0, 0.5]") = 0.0  # of train, to choose self; 0: on dev
 
-    label_smoothing: BELOW_ONE = None  # generate: share of the loss for all tokens alike; recipe
-    beams: COUNT = None  # generate: beams of the last evaluation; recipe. Earlier ones are greedy
-    length_penalty: number(float, "[-10, 10]") = None  # generate: power of the length; recipe
-    no_repeat_ngram: COUNT_OR_OFF = None  # generate: tokens that come once in a row; 0: off; recipe
-    max_new_tokens: COUNT = None  # generate: most tokens of a text; recipe 128
-    eval_sources: COUNT = 500  # generate: dev sources, at most, of all but the last evaluation
+    label_smoothing: BELOW_ONE = None  # texts: the weight of a uniform target in the loss; recipe
+    beams: COUNT = None  # texts: beams in the last evaluation; recipe 5 or 10; before, 1
+    length_penalty: number(float, "[-10, 10]") = None  # texts: power of the length; recipe
+    no_repeat_ngram: COUNT_OR_OFF = None  # texts: so many tokens never come twice; 0: off; recipe
+    max_new_tokens: COUNT = None  # texts: tokens, at most; recipe 128
+    eval_sources: COUNT = 500  # texts: sources, at most, in an evaluation before the last one
 
     eval_every: COUNT_OR_OFF = 0  # steps between evaluations, each with a checkpoint; 0: per epoch
     patience: COUNT_OR_OFF = 0  # stop after so many evaluations without a new best; 0: off
@@ -126,7 +126,8 @@ def recipe_of(s):
 def settings_from(given):
     """Return Settings with the recipe filled in; UserError names the flags that contradict."""
     s = Settings(**given)
-    s.task = get_task(given.get("task"), s.task_file).name
+    task = get_task(given.get("task"), s.task_file)
+    s.task = task.name
     check_model_and_task(s, given)
     for one, other in (("epochs", "max_steps"), ("batch_size", "max_tokens")):
         if given.get(one) and given.get(other):
@@ -136,7 +137,7 @@ def settings_from(given):
     s.density = check_pattern(s.pattern, s.density)
     published = recipe_of(s)
     check_use(s.method, METHODS, given, published)
-    check_use(get_task(s.task, s.task_file).kind, KINDS, given, published)
+    check_use(task.kind, KINDS, given, published)
     for name, value in published.items():
         if getattr(s, name, "no setting") is None:
             setattr(s, name, value)
@@ -199,7 +200,7 @@ class Run:
         waits = int(os.environ.get("LOCAL_RANK", 0)) > 0
         if waits:
             dist.barrier()
-        self.task = with_settings(get_task(s.task, s.task_file), vars(s))
+        self.task = with_settings(get_task(s.task, s.task_file), vars(s), "this run")
         self.kind = kind_of(self.task)
         self.load_model(s)
         self.load_data(s)
@@ -506,9 +507,9 @@ def finish(run):
     """Write the model of the last step, the scores, and result.json; return what that holds."""
     write_model(run, "model")
     write_scores(run, run.out)
-    for name, whole in run.whole_dev.items():
-        if whole is not run.dev_sets[name]:  # training has measured a part
-            run.progress.metrics = run.measure(run.model, {name: whole})
+    whole = {name: part for name, part in run.whole_dev.items() if part is not run.dev_sets[name]}
+    if whole:  # training has measured parts
+        run.progress.metrics = run.progress.metrics | run.measure(run.model, whole)
     result = describe_result(run)
     if run.rank == 0:
         write_json(run.out / "result.json", result)

@@ -3,8 +3,10 @@
 That is tuetschek/e2e-metrics with its option -p.
 """
 
+import importlib.util
 import math
 import re
+import shutil
 from collections import Counter
 
 from support.terminal import UserError
@@ -88,24 +90,27 @@ def nist(outputs, references):
     return score * math.exp(-beta * math.log(min(1.0, length / average)) ** 2)
 
 
+def check_java():
+    """Raise UserError where pycocoevalcap or Java is missing."""
+    if not (shutil.which("java") and importlib.util.find_spec("pycocoevalcap")):
+        need = "METEOR, ROUGE-L and CIDEr need Java and `pip install pycocoevalcap`"
+        raise UserError(f"--metrics all: {need}")
+
+
 def by_java(outputs, references):
     """Return METEOR, ROUGE-L and CIDEr as the E2E metric has them.
 
-    `outputs` are texts, and `references` lists of texts. Their tokens are those of a Java program,
-    which has no like in Python. Raises UserError where pycocoevalcap or Java is missing.
+    `outputs` are texts, and `references` lists of texts. A Java program makes their tokens, and no
+    program in Python makes the same. See `check_java`.
     """
-    try:
-        from pycocoevalcap.cider.cider import Cider
-        from pycocoevalcap.meteor.meteor import Meteor
-        from pycocoevalcap.rouge.rouge import Rouge
-        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.meteor.meteor import Meteor
+    from pycocoevalcap.rouge.rouge import Rouge
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-        tokens = PTBTokenizer()
-        said = tokens.tokenize({i: [{"caption": text}] for i, text in enumerate(outputs)})
-        right = {i: [{"caption": text} for text in texts] for i, texts in enumerate(references)}
-        right = tokens.tokenize(right)
-        scorers = {"meteor": Meteor(), "rouge_l": Rouge(), "cider": Cider()}
-    except (ImportError, FileNotFoundError) as error:
-        need = "METEOR, ROUGE-L and CIDEr need Java and `pip install pycocoevalcap`"
-        raise UserError(f"--metrics all: {need} ({error})") from None
+    tokens = PTBTokenizer()
+    said = tokens.tokenize({i: [{"caption": text}] for i, text in enumerate(outputs)})
+    right = {i: [{"caption": text} for text in texts] for i, texts in enumerate(references)}
+    right = tokens.tokenize(right)
+    scorers = {"meteor": Meteor(), "rouge_l": Rouge(), "cider": Cider()}
     return {name: float(scorer.compute_score(right, said)[0]) for name, scorer in scorers.items()}

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from kinds.metrics import balanced, f1, macro_f1, pearson
 from kinds.text import check_lines, encode, read_rows
-from support.machine import autocast, inputs, send
+from support.machine import autocast, inputs, rank_and_world, send
 from support.terminal import UserError, live, quote, warn
 
 IGNORED = -100  # the label of a token at which nothing is decided
@@ -224,7 +224,7 @@ class Classify:
         They are (N, K): a row per example or, where every position is read, per token. The batches
         are the same every time. Under torchrun each rank computes its share of them.
         """
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, world = rank_and_world()
         parts = dataset.by_tokens(MAX_TOKENS[device.type])[rank::world]
         was_training = model.training
         model.eval()
@@ -285,8 +285,8 @@ class Classify:
             return macro_f1(predicted, gold, len(self.classes))
         return function(predicted, gold)
 
-    def more_metrics(self, predicted, gold):
-        """Return {metric: value} of those that need other programs."""
+    def check_more(self):
+        """Raise UserError unless there are `more_metrics`, and what they need."""
         raise UserError(f"--metrics all: a {self.name} task has no further metrics")
 
     # files of predictions, and the user's own texts

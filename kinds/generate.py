@@ -18,16 +18,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from kinds.bleu import bleu, by_java, nist, tokens_of
+from kinds.bleu import bleu, by_java, check_java, nist, tokens_of
 from kinds.classify import IGNORED, Classify, Decided
 from kinds.text import copy_of, decode, flat, read_rows
-from support.machine import autocast, inputs, send
+from support.machine import autocast, inputs, rank_and_world, send
 from support.terminal import UserError, live, quote, warn
 
 # Tokens of a batch in `predict`, with those to come. On a CPU 1 << 11 take 1.5 times as long, and
 # more are as fast (measured, 4 layers x 256).
 MAX_TOKENS = {"cpu": 1 << 13, "mps": 1 << 14, "cuda": 1 << 17}
-SETTINGS = ("beams", "length_penalty", "no_repeat_ngram", "max_new_tokens")
 
 
 @dataclass
@@ -48,10 +47,13 @@ class Generate(Classify):
     picks_label = False
     teaches_beside = True  # a table of decisions x V would not fit
     metrics = {"bleu": bleu, "nist": nist}
+    more_metrics = staticmethod(by_java)
+    check_more = staticmethod(check_java)
     keys = {"source": (1, 1), "text": (1, 1)}
     needed = {"source", "text"}
     options = {"quoted": bool, "mr": bool}
-    uses = (*SETTINGS, "label_smoothing", "eval_sources")
+    uses = ("beams", "length_penalty", "no_repeat_ngram", "max_new_tokens")
+    uses += ("label_smoothing", "eval_sources")
 
     @classmethod
     def describe(cls, values, expect):
@@ -143,7 +145,7 @@ class Generate(Classify):
     def predict(self, model, dataset, device, dtype):
         """Return a text for each source. Under torchrun each rank writes its share of them."""
         s = self.task.settings
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, world = rank_and_world()
         sizes = dataset.second  # of the prompts; a row of a training set goes on
         room = model.config.positions + 1 - int(sizes.max())
         most_new = min(s["max_new_tokens"], room)  # the same in every batch
@@ -205,9 +207,6 @@ class Generate(Classify):
         except ValueError as error:
             warn(f"{name} counts as 0: {error}")
             return 0.0
-
-    def more_metrics(self, predicted, gold):
-        return by_java(predicted, gold)
 
     # files of predictions, and the user's own texts
 

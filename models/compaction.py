@@ -177,8 +177,7 @@ def compact(model, uniform=False, drop_rows=0):
         sizes.append([*heads, up.out_features])
     if uniform:
         most = max(1, *[units for _, _, units in sizes])
-        field = "n_inner" if hasattr(model.config, "n_inner") else "intermediate_size"
-        setattr(model.config, field, most)
+        model.config.intermediate_size = most
         for layer in model.layers:
             pad_units(layer, matrices, most)
     return sizes

@@ -74,6 +74,10 @@ class GPT2Config:
     def intermediate_size(self):
         return self.n_inner
 
+    @intermediate_size.setter
+    def intermediate_size(self, units):
+        self.n_inner = units
+
     @property
     def num_hidden_layers(self):
         return self.n_layer

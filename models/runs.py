@@ -175,7 +175,7 @@ def load_run(run, which="model"):
     folder = run / which
     if not folder.is_dir():
         raise UserError(f"{run}: has no {which}/ yet; continue the run with --resume")
-    task = with_settings(trained_on(run, settings), settings)
+    task = with_settings(trained_on(run, settings), settings, run)
     _, about = read_config(folder)
     tokenizer = load_tokenizer(folder, about.vocab_size, about.framed)
     form = kind_of(task).form

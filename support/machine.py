@@ -100,6 +100,11 @@ def join_processes(device_name):
     return rank, world, device
 
 
+def rank_and_world():
+    """Return (rank, world size) of this process."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def from_rank_0(data, rank, world):
     """Return the bytes `data` of rank 0 on every rank, so that machines need no shared disk."""
     if world == 1:

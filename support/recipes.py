@@ -15,13 +15,15 @@ COMMON = {
     "density": 0.1, "hold": 0.0, "ramp": 1.0, "ramp_power": 3, "score_lr": 0.0,
     "reg_lambda": 0.0, "temperature_s": 1.0, "beta1": 0.85, "beta2": 0.99,
     "teacher": "none", "dtype": "auto",
-    # of texts: no smoothing, and plain beam search with 5 beams (Li and Liang 2021); LoRA's code
-    # ends a text after 64 tokens, which some texts of WebNLG exceed
-    "label_smoothing": 0.0, "beams": 5, "length_penalty": 1.0, "no_repeat_ngram": 0,
-    "max_new_tokens": 128,
 }
-# The longest example of a kind: SMP's script for SQuAD; our choice for tags; LoRA's code for texts.
-MAX_LENGTH = {"span": 384, "tag": 256, "generate": 512}
+# What every method has on a kind. The longest example: SMP's script for SQuAD; our choice for tags;
+# LoRA's code for texts. Texts are decoded with 5 beams, and without smoothing (Li and Liang 2021).
+# LoRA's code ends a text after 64 tokens, which some texts of WebNLG exceed.
+COMMON_OF_KIND = {
+    "span": {"max_length": 384}, "tag": {"max_length": 256},
+    "generate": {"max_length": 512, "label_smoothing": 0.0, "beams": 5, "length_penalty": 1.0,
+                 "no_repeat_ngram": 0, "max_new_tokens": 128},
+}
 # Decoding of LoRA's and PST's commands on E2E.
 TEN_BEAMS = {"beams": 10, "length_penalty": 0.8, "no_repeat_ngram": 4, "label_smoothing": 0.1}
 # GPT-2 on E2E as PST's released command has it: 500 of 26,290 steps of warm-up; the density falls
@@ -118,8 +120,7 @@ def recipe(name, kind, task, model_type, density, taught):
     `name` is the method's recipe; `kind` and `task` are names. `model_type` is that of config.json.
     `density` is None where none was asked for. `taught`: is there a teacher?
     """
-    values = COMMON | RECIPES[name]
-    values["max_length"] = MAX_LENGTH.get(kind, values["max_length"])
+    values = COMMON | COMMON_OF_KIND.get(kind, {}) | RECIPES[name]
     values |= values.get("by_kind", {}).get(kind, {})
     if model_type == "roberta":
         values |= values.get("on_roberta", {})

@@ -129,7 +129,7 @@ def step_of(name, model, teacher=None):
     method = METHODS[name](model.train(), s, 1000)
     optimizer = torch.optim.AdamW(method.groups(), fused=True)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    task = with_settings(get_task("e2e"), dict.fromkeys(KIND.uses, 0))
+    task = with_settings(get_task("e2e"), dict.fromkeys(KIND.uses, 0), "here")
     kind = kind_of(task)
     batch = batch_of(model)
     method.update(400)
@@ -198,5 +198,6 @@ if __name__ == "__main__":
     commands = {"generate": generate, "step": steps, "teacher": teachers, "memory": memory}
     if sys.argv[1] == "one":
         one(sys.argv[2])
-    for name in sys.argv[1:]:
-        commands.get(name, lambda: None)()
+    else:
+        for name in sys.argv[1:]:
+            commands[name]()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kinds.bleu import bleu, by_java, nist, tokens_of
+from kinds.bleu import bleu, by_java, check_java, nist, tokens_of
 from support.terminal import UserError
 
 E2E = Path(os.environ.get("E2E_DIR") or "missing")
@@ -127,6 +127,7 @@ def test_the_other_figures_of_the_e2e_metric():
 
 def test_what_the_other_figures_need(monkeypatch):
     """Without pycocoevalcap a message names the metrics, and what to install."""
-    monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider", None)
+    monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="METEOR, ROUGE-L and CIDEr need Java and `pip install"):
-        by_java(["a"], [["a"]])
+        check_java()

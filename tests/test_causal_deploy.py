@@ -199,7 +199,7 @@ def test_compact_folder_is_the_run(texts, finished, written, tmp_path, capsys):
     (folder / "compact.json").write_text(json.dumps(about))
     capsys.readouterr()
     assert deploy.main(["evaluate", str(folder), *data]) == 2
-    assert "settings are not whole ('beams')" in capsys.readouterr().err
+    assert "expected the settings beams, length_penalty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["export", "compact"])

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 import eval as evaluation
 import train
 from kinds.classify import Classify
+from support.terminal import UserError
 
 
 @pytest.fixture
@@ -36,6 +37,18 @@ def refused(capsys, argv, *words, main=train.main):
     assert len(line) < 600, line
     for word in words:
         assert str(word) in line, (word, line)
+
+
+def refused_file(read, content, *words, **options):
+    """Assert that `read` refuses the content of FILE in one line that holds all `words`."""
+    with pytest.raises(UserError) as caught:
+        read(content, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith("FILE")
+    assert len(message) < 600, message
+    for word in words:
+        assert word in message, message
 
 
 def contents(folder):

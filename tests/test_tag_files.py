@@ -5,13 +5,14 @@ tests/test_kinds.py has the tokens, metrics and whole runs of the kind "tag".
 
 import gzip
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import word_tokenizer
-from test_errors import refused
+from test_errors import refused, refused_file
 from test_train import run
 
 import data
@@ -37,15 +38,7 @@ def read(text, options=(), name="FILE"):
     return data.read_split(kind_with(options).task, "dev", name, content)
 
 
-def wrong(text, *words, options=()):
-    """Assert that a file is refused in one line of moderate length that holds all `words`."""
-    with pytest.raises(UserError) as caught:
-        read(text, options)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert len(message) < 500, message
-    for word in words:
-        assert word in message, message
+wrong = partial(refused_file, read)
 
 
 def task_of(folder, train="a O\nb B-A\n", dev="a O\n", **more):

@@ -270,10 +270,7 @@ def load_for_use(folder):
     if not about.keys() >= needed or type(about["max_length"]) is not int:
         raise UserError(f"{path}: not whole; write it again")
     task = trained_on(folder, about)
-    try:
-        task = with_settings(task, about.get("settings", {}))  # older folders need none
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: settings are not whole ({error}); write it again") from None
+    task = with_settings(task, about.get("settings"), path)  # older folders have none
     tokenizer = load_tokenizer(folder, model.config.vocab_size, model.config.framed)
     settings = {"max_length": about["max_length"], "dtype": about.get("dtype", "fp32")}
     return model, task, tokenizer, settings

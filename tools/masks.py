@@ -28,7 +28,7 @@ from prune import METHODS, mask_matrices, masked_linears
 from support.fetch import find_model
 from support.files import atomic_write, is_stream
 from support.machine import DTYPES
-from support.recipes import COMMON, MAX_LENGTH
+from support.recipes import COMMON, COMMON_OF_KIND
 from support.terminal import UserError, show, tell
 
 # ---------- masks as bytes ------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def describe_mask(run, config, masks, packed):
     the length of its bytes.
     """
     s = config["settings"]
-    task = with_settings(trained_on(run, s | config), s)
+    task = with_settings(trained_on(run, s | config), s, run)
     matrices = []
     for name, mask in masks.items():
         matrices.append([name, *mask.shape, int(mask.sum()), len(packed[name])])
@@ -284,7 +284,7 @@ def read_any_mask(path, base, sha256, shapes, task_name, task_file):
         if not task_name:
             raise UserError(f"{path}: a released mask does not name its task; give --task")
         kind = get_task(task_name, task_file).kind
-        length = MAX_LENGTH.get(kind, COMMON["max_length"])
+        length = (COMMON | COMMON_OF_KIND.get(kind, {}))["max_length"]
         about = {"task": task_name, "max_length": length, "dtype": "fp32"}
         return about, read_released(path, shapes)
     about, payload = read_mask(path)
@@ -318,7 +318,7 @@ def evaluate_masks(base, paths, device, data_dir, task_name=None, words=(), task
         label_words = words or about.get("words") or task.words
         outputs = (len(task.labels),) if task.labels else (1, 2)
         if kind_of(task).own_head:
-            task = with_settings(task, about["settings"])
+            task = with_settings(task, about.get("settings"), path)
         elif len(label_words) not in outputs:
             counted = f"{len(label_words)} label words: {task.name} has {outputs[-1]}"
             raise UserError(f"{path}: {counted}")
