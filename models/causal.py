@@ -55,7 +55,7 @@ class Reader:
     """
 
     def __init__(self, model, prompts, most_new, cached):
-        device = model.transformer.wte.weight.device
+        device = model.head_weight.device
         self.model = model
         self.first = max(map(len, prompts))  # P, where the new tokens begin
         padded = [[-1] * (self.first - len(prompt)) + list(prompt) for prompt in prompts]
@@ -74,7 +74,7 @@ class Reader:
         # a token attends to those before it and, so that padding attends to something, to itself
         mask = (real[:, None] & (there <= here)) | (there == here)  # (R, n, T)
         tokens = self.tokens[:, read:].clamp(min=0)
-        hidden = self.model.transformer(tokens, positions[:, read:], mask[:, None], self.caches)
+        hidden = self.model.body(tokens, positions[:, read:], mask[:, None], self.caches)
         return self.model.logits(hidden[:, -1])
 
     def take(self, rows, same_prompts=False):
@@ -207,7 +207,7 @@ def beam_search(reader, ends, no_repeat, most_new, beams, length_penalty):
 
 
 class Causal(nn.Module):
-    """A decoder. Its class has `transformer`, see `Decoder` of models/gpt2.py, and `logits`."""
+    """A decoder, see `LanguageModel` of models/decoder.py."""
 
     @torch.no_grad()
     def generate(

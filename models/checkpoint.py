@@ -12,6 +12,7 @@ from safetensors.torch import save as to_safetensors
 from model import BY_TANH, EXACT, Bert
 from models.gpt2 import GPT2
 from models.heads import arrange_head
+from models.llama import Llama, Mistral, Qwen2
 from models.roberta import Roberta
 from prune import masked_linears
 from support.fetch import model_files
@@ -20,6 +21,7 @@ from support.terminal import UserError, quote, tell
 
 # The class of each "model_type" of config.json.
 ARCHITECTURES = {"bert": Bert, "roberta": Roberta, "gpt2": GPT2}
+ARCHITECTURES |= {"llama": Llama, "mistral": Mistral, "qwen2": Qwen2}
 
 # ---------- files of tensors ----------------------------------------------------------------------
 
@@ -87,36 +89,46 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     raw = read_json(path)
     Model = ARCHITECTURES.get(raw.get("model_type", "bert"), Bert)  # another one is refused
+    try:
+        return Model, config_of(Model, raw)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def config_of(Model, raw):
+    """Return the Config of a class from what config.json says; ValueError if we cannot build it."""
+    if hasattr(Model.Config, "in_one_form"):
+        raw = Model.Config.in_one_form(raw)
     for key, supported in (SUPPORTED | getattr(Model.Config, "supported", {})).items():
         found = raw.get(key, supported[0])
         if found not in supported:
             expected = " or ".join(map(repr, supported))
-            raise UserError(f"{path}: {key} is {found!r}; expected {expected}")
+            raise ValueError(f"{key} is {found!r}; expected {expected}")
     values = {}
     for key in ("pad_token_id", "n_inner"):
         if raw.get(key) is None:
             raw.pop(key, None)
     for field in fields(Model.Config):
         value = raw.get(field.name, field.default)
-        if field.type is str:  # one of SUPPORTED
+        if field.type in (str, object):  # one of SUPPORTED, or checked by its class
             values[field.name] = value
             continue
         most = 1 if field.name.endswith(DROPOUTS) else 10**9
         if type(value) not in (int, field.type) or not 0 <= value <= most:
             expected = f"expected {field.type.__name__} from 0 to {most:,}"
-            raise UserError(f"{path}: {field.name} is {value!r}; {expected}")
+            raise ValueError(f"{field.name} is {value!r}; {expected}")
         values[field.name] = value
     config = Model.Config(**values)
     if min(config.hidden_size, config.num_hidden_layers, config.num_attention_heads) < 1:
-        raise UserError(f"{path}: hidden_size, num_hidden_layers, num_attention_heads are > 0")
+        raise ValueError("hidden_size, num_hidden_layers, num_attention_heads are > 0")
     if config.hidden_size % config.num_attention_heads:
         heads = f"{config.num_attention_heads} attention heads"
-        raise UserError(f"{path}: hidden_size {config.hidden_size} is not a multiple of {heads}")
-    return Model, config
+        raise ValueError(f"hidden_size {config.hidden_size} is not a multiple of {heads}")
+    return config
 
 
 DECODER = "cls.predictions.decoder.weight"
-DROPOUTS = ("prob", "pdrop")  # how the names of probabilities of dropout end
+DROPOUTS = ("prob", "pdrop", "dropout")  # how the names of probabilities of dropout end
 
 
 def read_checkpoint(folder):
@@ -124,13 +136,13 @@ def read_checkpoint(folder):
 
     These are Hugging Face's names of today or, for RoBERTa, those that BERT would have.
     """
-    Model, _ = read_config(folder)
+    Model, config = read_config(folder)
     found = {}
     for path in model_files(folder):
         found |= {name: tensor.float() for name, tensor in read_safetensors(path)[0].items()}
     if hasattr(Model, "from_hub"):
         try:
-            return Model.from_hub(found)
+            return Model.from_hub(found, config)
         except ValueError as error:
             raise UserError(f"{folder}: {error}") from None
     tensors = {}

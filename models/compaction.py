@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model import gelu
 from support.matrices import encoder_linears
+from support.terminal import UserError
 
 
 def linear_of(weight, bias):
@@ -159,8 +160,12 @@ def compact(model, uniform=False, drop_rows=0):
     Return [query dimensions of each head, value dimensions of each head, units] of each layer.
     `uniform`: only units of the feed-forward part are removed, the same number in every layer,
     because the classes of `transformers` can hold no more. `drop_rows`: rows with fewer weights
-    are emptied first, which changes the function.
+    are emptied first, which changes the function. Raises UserError for other matrices than BERT's.
     """
+    if "".join(model.matrices) != "QKVOUD":
+        name = type(model).__name__
+        expected = "export writes its model with the masks applied"
+        raise UserError(f"compact: not offered for {name}, whose layers have a gate; {expected}")
     for linear in encoder_linears(model):
         thin = linear.weight.count_nonzero(dim=1) < drop_rows  # (out,)
         linear.weight[thin] = 0.0

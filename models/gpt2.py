@@ -8,15 +8,13 @@ Axes: B texts, T tokens, C hidden size, H attention heads, D = C/H, F feed-forwa
 V vocabulary, n decisions.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from model import BY_TANH, EXACT, attend_with_dropout, gelu
-from models.causal import Causal
+from model import BY_TANH, EXACT, gelu
+from models.decoder import LanguageModel, attend, drop_tied_head
 
 # The six matrices of a layer: the papers' letter for each, and its name in the layer.
 MATRICES = {
@@ -119,13 +117,7 @@ class SelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.add(k, v)  # (B, H, R, D) -> (B, H, T, D)
         dropout = self.dropout if self.training else 0.0
-        if dropout and q.is_cpu:
-            before = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
-            mixed = attend_with_dropout(q, k, v, before, dropout, self.scale)
-        else:
-            options = {"attn_mask": mask, "dropout_p": dropout, "is_causal": mask is None}
-            mixed = F.scaled_dot_product_attention(q, k, v, **options, scale=self.scale)
-        return self.c_proj(mixed.transpose(1, 2).flatten(2))  # (B, H, R, D) -> (B, R, C)
+        return self.c_proj(attend(q, k, v, mask, dropout, self.scale))  # (B, R, C)
 
 
 class Layer(nn.Module):
@@ -180,47 +172,28 @@ def turn(tensor):
     return tensor.T.contiguous() if tensor.dim() > 1 else tensor.contiguous()
 
 
-class GPT2(Causal):
-    """The decoder with its LM head, which is the word embedding matrix (tied).
-
-    The arguments are those of `Bert`. There is one output head, so that most of them say nothing.
-    """
+class GPT2(LanguageModel):
+    """The decoder with its LM head, which is the word embedding matrix (tied)."""
 
     Config = GPT2Config
     matrices = MATRICES
     attention_letters = "QKVO"
     feed_forward_letters = "UD"
     heads = {"vocabulary": ("lm_head", "GPT2LMHeadModel")}
-    hub_class = "GPT2LMHeadModel"
-    mlm_class = None
     inner = "transformer."  # how the names of what is inside begin
+    drawn_smaller = ("attn.c_proj.weight", "mlp.c_proj.weight")
 
-    def __init__(
-        self, config, output_head, outputs=0, words=(), pooler=False, mlm=False, form="vocabulary"
-    ):
-        super().__init__()
-        self.config = config
-        self.output_head = output_head
-        self.outputs = outputs
-        self.form = form
+    def __init__(self, config, *head, **options):
+        super().__init__(config, *head, **options)
         self.transformer = Decoder(config)
 
-    def forward(self, input_ids, attention_mask=None, token_type_ids=None, reads=None):
-        """Return the logits (B, T, V) of the next token, or at places `reads` (n,) alone, (n, V).
+    @property
+    def body(self):
+        return self.transformer
 
-        The inputs are (B, T), with the padding at the end, where no token attends to it. A place is
-        counted over all B * T. The logits are float32. The logits of all places would need ten
-        times the memory.
-        """
-        hidden = self.transformer(input_ids)  # (B, T, C)
-        if reads is not None:
-            hidden = hidden.flatten(0, 1)[reads]  # (n, C)
-        return self.logits(hidden)
-
-    def logits(self, hidden):
-        """Return the logits (..., V) of `hidden` (..., C), in float32."""
-        logits = F.linear(hidden, self.transformer.wte.weight)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    @property
+    def head_weight(self):
+        return self.transformer.wte.weight
 
     @property
     def layers(self):
@@ -230,19 +203,10 @@ class GPT2(Causal):
     def embeddings(self):
         return nn.ModuleList([self.transformer.wte, self.transformer.wpe])
 
-    @property
-    def num_heads(self):
-        return self.config.n_head
-
-    @property
-    def head_name(self):
-        """Return the name of the head. No parameter has it, because it is tied."""
-        return "lm_head"
-
     # files
 
     @staticmethod
-    def from_hub(tensors):
+    def from_hub(tensors, config):
         """Return {name: tensor} under our names, from those of Hugging Face's layout.
 
         The prefix `transformer.` may be missing. Raises ValueError for an LM head of its own.
@@ -259,11 +223,7 @@ class GPT2(Causal):
             if name.endswith(TRANSPOSED):
                 tensor = turn(tensor)
             ours[name if name == "lm_head.weight" else f"transformer.{name}"] = tensor
-        head = ours.pop("lm_head.weight", None)
-        embedding = ours.get("transformer.wte.weight")
-        if head is not None and not (embedding is not None and torch.equal(head, embedding)):
-            expected = "the word embeddings, to which GPT-2's head is tied"
-            raise ValueError(f"lm_head.weight differs from {expected}")
+        drop_tied_head(ours, "transformer.wte.weight")
         return ours
 
     def to_hub(self, state):
@@ -276,22 +236,3 @@ class GPT2(Causal):
             elif not name.rpartition(".")[0].endswith((".attn.key", ".attn.value")):
                 hub[name] = turn(tensor) if name.endswith(TRANSPOSED) else tensor
         return hub
-
-    @staticmethod
-    def draw(shapes, seed):
-        """Return {name: tensor} of random weights for {name: shape} (Radford et al. 2019, 2.3).
-
-        They are from N(0, 0.02), and those of both c_proj, which end on the residual stream of L
-        layers, from N(0, 0.02 / sqrt(2 L)).
-        """
-        generator = torch.Generator().manual_seed(seed)
-        layers = len({name.split(".")[2] for name in shapes if ".h." in name})
-        tensors = {}
-        for name, shape in shapes.items():
-            tensors[name] = torch.zeros(shape)
-            if len(shape) > 1:
-                std = 0.02 / math.sqrt(2 * layers) if ".c_proj." in name else 0.02
-                tensors[name].normal_(0.0, std, generator=generator)
-            elif name.endswith("weight"):
-                tensors[name] += 1  # of a LayerNorm
-        return tensors

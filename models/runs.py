@@ -261,7 +261,8 @@ def begin_from(run, origin):
     tensors = origin.model.state_dict()
     if run.method.masks and origin.checkpoint:
         tensors |= read_safetensors(origin.checkpoint)[0]
-    same = name_of(origin.task) == name_of(run.task)
+    # a kind with an output head of its own trains none for a task
+    same = run.kind.own_head or name_of(origin.task) == name_of(run.task)
     with torch.no_grad():
         for name, p in run.model.named_parameters():
             if name in tensors and (same or not name.startswith(run.model.head_name)):

@@ -8,10 +8,10 @@ folder gets one tokenizer.json that says all, and a class that takes it as it is
 import json
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders
+from tokenizers import AddedToken, Regex, Tokenizer, decoders
 from tokenizers.models import BPE, WordPiece
-from tokenizers.normalizers import BertNormalizer
-from tokenizers.pre_tokenizers import BertPreTokenizer, ByteLevel
+from tokenizers.normalizers import NFC, BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer, ByteLevel, Sequence, Split
 from tokenizers.processors import RobertaProcessing, TemplateProcessing
 
 from support.files import atomic_write, read_json, write_json
@@ -21,12 +21,21 @@ from support.terminal import UserError, quote
 BERT = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
 ROBERTA = {"unk": "<unk>", "sep": "</s>", "pad": "<pad>", "cls": "<s>", "mask": "<mask>"}
 GPT2 = dict.fromkeys(("unk", "bos", "eos"), "<|endoftext|>")
+QWEN2 = dict.fromkeys(("unk", "eos", "pad"), "<|endoftext|>")
+# What is a word for Qwen2, as its tokenizer.json says it.
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # The classes of `transformers` that we know, without "Fast": the special tokens of each, and the
 # model that it needs. The last ones take tokenizer.json as it is.
 CLASSES = dict.fromkeys(("BertTokenizer", "DistilBertTokenizer"), (BERT, WordPiece))
 CLASSES |= {"ElectraTokenizer": (BERT, WordPiece), "RobertaTokenizer": (ROBERTA, BPE)}
-CLASSES |= {"GPT2Tokenizer": (GPT2, BPE)}
-CLASSES |= dict.fromkeys(("PreTrainedTokenizer", "TokenizersBackend"), ({}, None))
+CLASSES |= {"GPT2Tokenizer": (GPT2, BPE), "Qwen2Tokenizer": (QWEN2, BPE)}
+AS_IS = ("LlamaTokenizer", "PreTrainedTokenizer", "TokenizersBackend")
+CLASSES |= dict.fromkeys(AS_IS, ({}, None))
+# The class that `transformers` takes for a model, whatever class its files name.
+BY_MODEL = {"qwen2": "Qwen2Tokenizer", "mistral": "TokenizersBackend"}
 # What tokenizer_config.json may say otherwise than tokenizer.json, by the name in the latter. It
 # counts more, as in `transformers`.
 SWITCHES = {
@@ -56,8 +65,11 @@ def load_tokenizer(folder, vocab_size, framed=True):
         config.setdefault("extra_special_tokens", config.pop("additional_special_tokens"))
     if "added_tokens_decoder" not in config:
         config |= read_optional(folder / "special_tokens_map.json")
-    names, model = CLASSES[class_of(folder, config) or implied_class(path, tokenizer, framed)]
+    name = class_of(folder, config) or implied_class(path, tokenizer, framed)
+    names, model = CLASSES[name]
     try:
+        if name == "LlamaTokenizer":
+            check_byte_level(tokenizer)
         special = special_tokens(config, names)
         added = added_tokens(folder, config, tokenizer)
         if model:
@@ -68,7 +80,7 @@ def load_tokenizer(folder, vocab_size, framed=True):
     tokenizer.no_padding()
     tokenizer.no_truncation()
     if not framed:
-        set_end(tokenizer, as_special(config.get("eos_token") or GPT2["eos"]).content, path)
+        set_end(tokenizer, end_token(folder, config, tokenizer), path)
     if not tokenizer.num_special_tokens_to_add(is_pair=False):
         raise UserError(f"{path}: adds no special tokens; a model reads the first of them")
     add_tokens(tokenizer, {}, [as_special(text) for text in special_of(tokenizer).values()])
@@ -86,6 +98,10 @@ def read_tokenizer(folder):
         "vocab.json": read_vocab_json,
     }
     paths = [folder / name for name in readers if (folder / name).is_file()]
+    if not paths and (folder / "tokenizer.model").is_file():
+        advice = "take a copy of the model that has one"
+        path = folder / "tokenizer.model"
+        raise UserError(f"{path}: SentencePiece is not read; expected tokenizer.json; {advice}")
     if not paths:
         raise UserError(f"{folder}: none of {', '.join(readers)}; copy one there")
     path = paths[0]
@@ -116,6 +132,9 @@ def class_of(folder, config):
     Raises UserError where we do not know it.
     """
     about = read_optional(folder / "config.json")
+    by_model = BY_MODEL.get(about.get("model_type"))
+    if by_model and "AutoTokenizer" not in (config.get("auto_map") or {}):
+        return by_model
     for file, says in (("tokenizer_config.json", config), ("config.json", about)):
         name = says.get("tokenizer_class")
         if "AutoTokenizer" in (says.get("auto_map") or {}):
@@ -192,6 +211,16 @@ def add_tokens(tokenizer, added, special):
     tokenizer.add_tokens([token for token in special if token.content not in there])
 
 
+def end_token(folder, config, tokenizer):
+    """Return the text of the end token, which a folder names, or of which it gives the id."""
+    if config.get("eos_token"):
+        return as_special(config["eos_token"]).content
+    numbers = read_optional(folder / "config.json").get("eos_token_id")
+    first = numbers[0] if isinstance(numbers, list) and numbers else numbers  # there may be several
+    text = tokenizer.id_to_token(first) if type(first) is int and first >= 0 else None
+    return text or GPT2["eos"]
+
+
 def set_end(tokenizer, text, path):
     """Let a tokenizer set the end token `text` after each text, for a decoder."""
     number = tokenizer.token_to_id(text)
@@ -236,11 +265,19 @@ def rebuild(tokenizer, names, model, special, config, path):
     else:
         prefix = config.get("add_prefix_space", False)
         built.pre_tokenizer = ByteLevel(add_prefix_space=prefix)
+        if names is QWEN2:
+            built.normalizer = NFC()
+            parts = [Split(Regex(QWEN2_WORDS), "isolated"), ByteLevel(prefix, use_regex=False)]
+            built.pre_tokenizer = Sequence(parts)
         built.decoder = decoders.ByteLevel()
         if names is ROBERTA:
             built.post_processor = RobertaProcessing(*frame[::-1], add_prefix_space=prefix)
     if path.name == "tokenizer.json":
-        check_alike(json.loads(tokenizer.to_str()), json.loads(built.to_str()), config)
+        found, expected = json.loads(tokenizer.to_str()), json.loads(built.to_str())
+        if names is QWEN2:
+            check_qwen2(found, expected)
+        else:
+            check_alike(found, expected, config)
     return built
 
 
@@ -260,6 +297,33 @@ def check_alike(found, expected, config):
                 advice = f'write "{SWITCHES[key]}"'
             where = "in tokenizer_config.json"
             raise ValueError(f"{says}, but its class has {ours.get(key)}; {advice} {where}")
+
+
+def check_qwen2(found, expected):
+    """Raise ValueError where tokenizer.json splits texts in another way than Qwen2's class."""
+    for part in ("normalizer", "pre_tokenizer"):
+        if without_offsets(found[part]) != without_offsets(expected[part]):
+            told = "with which transformers reads each folder whose model_type is qwen2"
+            raise ValueError(f"its {part} is not that of Qwen2Tokenizer, {told}")
+
+
+def without_offsets(part):
+    """Return a part of tokenizer.json without `trim_offsets`, which changes no token."""
+    if isinstance(part, list):
+        return [without_offsets(item) for item in part]
+    if isinstance(part, dict):
+        return {k: without_offsets(value) for k, value in part.items() if k != "trim_offsets"}
+    return part
+
+
+def check_byte_level(tokenizer):
+    """Raise ValueError unless `transformers` takes the file as it is, although its class says so.
+
+    It builds LlamaTokenizer anew where tokenizer.json has nothing that is byte-level.
+    """
+    if '"ByteLevel"' not in tokenizer.to_str():
+        advice = '"tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json takes it'
+        raise ValueError(f"not byte-level, as LlamaTokenizer needs it here; {advice}")
 
 
 # ---------- writing -------------------------------------------------------------------------------

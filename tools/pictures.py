@@ -12,6 +12,7 @@ from eval import kept_weights
 from models.runs import load_run
 from support.files import atomic_write
 from support.matrices import encoder_matrices
+from support.patterns import block_values
 from support.terminal import UserError, tell
 
 
@@ -97,10 +98,8 @@ def head_densities(model):
     matrices = encoder_matrices(model)
     densities = []
     for i in range(len(model.layers)):
-        *rows, columns = [matrices[letter][i].weight != 0 for letter in model.attention_letters]
-        kept = torch.stack([*rows, columns.T])  # (4, C, C)
-        kept = kept.unflatten(1, (model.num_heads, -1))  # (4, C, C) -> (4, H, D, C)
-        densities.append(kept.float().mean((0, 2, 3)))  # (H,)
+        kept = [matrices[letter][i].weight != 0 for letter in model.attention_letters]
+        densities.append(block_values(kept, model.num_heads))  # (H,)
     return torch.stack(densities).numpy()
 
 
