@@ -58,7 +58,8 @@ class LanguageModel(Causal):
         counted over all B * T. The logits are float32. The logits of all places would need ten
         times the memory.
         """
-        hidden = self.body(input_ids)  # (B, T, C)
+        positions = torch.arange(input_ids.size(1), device=input_ids.device)
+        hidden = self.body(input_ids, positions)  # (B, T, C)
         if reads is not None:
             hidden = hidden.flatten(0, 1)[reads]  # (n, C)
         return self.logits(hidden)
@@ -75,14 +76,12 @@ class LanguageModel(Causal):
     @property
     def head_name(self):
         """Return the name of the head. Where it is tied, no parameter has it."""
-        name, _ = self.heads[self.form]
-        return name
+        return self.heads[self.form][0]
 
     @property
     def hub_class(self):
         """Return the name of the class of transformers that computes the same."""
-        _, name = self.heads[self.form]
-        return name
+        return self.heads[self.form][1]
 
     def to_hub(self, state):
         """Return a state dict under the names of Hugging Face's layout."""
@@ -116,5 +115,4 @@ def drop_tied_head(tensors, embedding):
     head = tensors.pop("lm_head.weight", None)
     tied = tensors.get(embedding)
     if head is not None and not (tied is not None and torch.equal(head, tied)):
-        expected = "the word embeddings, to which config.json ties it"
-        raise ValueError(f"lm_head.weight differs from {expected}")
+        raise ValueError("lm_head.weight differs from the word embeddings, to which it is tied")

@@ -152,15 +152,13 @@ class Decoder(nn.Module):
         self.h = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
-    def forward(self, input_ids, positions=None, mask=None, caches=None):
+    def forward(self, input_ids, positions, mask=None, caches=None):
         """Return the last hidden states, (B, R, C), of tokens `input_ids`, (B, R).
 
-        `positions` are (B, R); None: 0, 1, 2, ... `caches` hold the keys and values of earlier
-        tokens, one for each layer, see `Causal`. `mask`, (B, 1, R, T), is set where a token attends
-        to a key; None: to all tokens up to itself.
+        `positions` are (B, R) or (R,). `caches` hold the keys and values of earlier tokens, one for
+        each layer, see `Causal`. `mask`, (B, 1, R, T), is set where a token attends to a key; None:
+        to all tokens up to itself.
         """
-        if positions is None:
-            positions = torch.arange(input_ids.size(1), device=input_ids.device)
         x = self.dropout(self.wte(input_ids) + self.wpe(positions))  # (B, R, C)
         for layer, cache in zip(self.h, caches or [None] * len(self.h)):
             x = layer(x, mask, cache)

@@ -124,10 +124,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, input_ids, positions=None, mask=None, caches=None):
+    def forward(self, input_ids, positions, mask=None, caches=None):
         """Return the last hidden states, (B, R, C); see `Decoder` of models/gpt2.py."""
-        if positions is None:
-            positions = torch.arange(input_ids.size(1), device=input_ids.device)
         x = self.embed_tokens(input_ids)  # (B, R, C)
         angles = positions[..., None] * frequencies(self.config, x.device)  # (..., R, D/2)
         angles = angles.unsqueeze(-3)  # the same for all heads

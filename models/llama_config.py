@@ -12,7 +12,7 @@ SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positi
 
 @dataclass
 class LlamaConfig:
-    """The keys of config.json that shape the network, with the values that `transformers` has."""
+    """The keys of config.json that shape the network, with Llama's values."""
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -85,63 +85,48 @@ def rotary_positions(raw, most):
     `transformers` 5 has both in "rope_parameters", older versions have two keys. `most` is the
     number of positions. Raises ValueError for a scaling that is not "llama3".
     """
-    where = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-    found = raw.get(where) or {}
+    found = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(found, dict):
-        raise ValueError(f"{where} is {found!r}; expected an object")
+        raise ValueError(f"rope_scaling is {found!r}; expected an object")
     kind = found.get("rope_type", found.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise ValueError(f"the rope_type of {where} is {kind!r}; expected 'default' or 'llama3'")
-    needed = SCALING if kind == "llama3" else ()
-    found = {"rope_theta": raw.get("rope_theta") or LlamaConfig.rope_theta} | found
-    if needed:
-        found.setdefault(SCALING[-1], most)
-    for key, value in found.items():
-        if key in ("rope_type", "type"):
-            continue
-        if key not in ("rope_theta", *needed):
-            raise ValueError(f"{where} has {key}, which is not supported with {kind!r}")
+        raise ValueError(f"rope_type is {kind!r}; expected 'default' or 'llama3'")
+    numbers = {"rope_theta": raw.get("rope_theta") or LlamaConfig.rope_theta}
+    if kind == "llama3":
+        numbers |= dict.fromkeys(SCALING) | {SCALING[-1]: most}
+    for key in found.keys() - {"rope_type", "type"}:
+        if key not in numbers:
+            raise ValueError(f"rope_scaling has {key}, which {kind!r} does not have")
+        numbers[key] = found[key]
+    for key, value in numbers.items():
         if type(value) not in (int, float) or value <= 0:
-            raise ValueError(f"{key} of {where} is {value!r}; expected a number above 0")
-    missing = [key for key in needed if key not in found]
-    if missing:
-        raise ValueError(f"{where} has no {', '.join(missing)}, which 'llama3' needs")
-    scaling = {"rope_type": kind} | {key: found[key] for key in needed}
-    return found["rope_theta"], scaling if needed else None
+            raise ValueError(f"{key} of rope_scaling is {value!r}; expected a number above 0")
+    theta = numbers.pop("rope_theta")
+    return theta, {"rope_type": kind, **numbers} if numbers else None
 
 
 @dataclass
 class MistralConfig(LlamaConfig):
-    """The same keys, with Mistral's values. `sliding_window` must be there and be null."""
+    """The same keys. `sliding_window` must be there and be null."""
 
-    intermediate_size: int = 14336
     num_key_value_heads: int = 8
     max_position_embeddings: int = 131072
     sliding_window: object = None
 
     assumed = {"sliding_window": 4096}
-    supported = LlamaConfig.supported | {
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
-        "sliding_window": (None,),
-    }
+    supported = LlamaConfig.supported | {"attention_bias": (False,), "mlp_bias": (False,)}
+    supported |= {"sliding_window": (None,)}
 
 
 @dataclass
 class Qwen2Config(LlamaConfig):
-    """The same keys, with Qwen2's values. Q, K and V always have biases."""
+    """The same keys. Q, K and V always have biases, and O has none."""
 
-    vocab_size: int = 151936
-    intermediate_size: int = 22016
-    num_key_value_heads: int = 32
     max_position_embeddings: int = 32768
     attention_bias: bool = True
     bos_token_id: object = None
     eos_token_id: object = None
 
     output_bias = False
-    supported = LlamaConfig.supported | {
-        "attention_bias": (True,),
-        "mlp_bias": (False,),
-        "use_sliding_window": (False,),
-    }
+    supported = LlamaConfig.supported | {"attention_bias": (True,), "mlp_bias": (False,)}
+    supported |= {"use_sliding_window": (False,)}

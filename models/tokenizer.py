@@ -68,8 +68,9 @@ def load_tokenizer(folder, vocab_size, framed=True):
     name = class_of(folder, config) or implied_class(path, tokenizer, framed)
     names, model = CLASSES[name]
     try:
-        if name == "LlamaTokenizer":
-            check_byte_level(tokenizer)
+        if name == "LlamaTokenizer" and '"ByteLevel"' not in tokenizer.to_str():
+            advice = '"tokenizer_class": "PreTrainedTokenizerFast" takes this file as it is'
+            raise ValueError(f"not byte-level, so that LlamaTokenizer is built anew; {advice}")
         special = special_tokens(config, names)
         added = added_tokens(folder, config, tokenizer)
         if model:
@@ -273,12 +274,21 @@ def rebuild(tokenizer, names, model, special, config, path):
         if names is ROBERTA:
             built.post_processor = RobertaProcessing(*frame[::-1], add_prefix_space=prefix)
     if path.name == "tokenizer.json":
-        found, expected = json.loads(tokenizer.to_str()), json.loads(built.to_str())
+        found, expected = [as_json(each) for each in (tokenizer, built)]
         if names is QWEN2:
             check_qwen2(found, expected)
         else:
             check_alike(found, expected, config)
     return built
+
+
+def as_json(tokenizer):
+    """Return what tokenizer.json says of a tokenizer, but for `trim_offsets`, of no effect here."""
+
+    def without_offsets(part):
+        return {key: value for key, value in part.items() if key != "trim_offsets"}
+
+    return json.loads(tokenizer.to_str(), object_hook=without_offsets)
 
 
 def check_alike(found, expected, config):
@@ -288,7 +298,7 @@ def check_alike(found, expected, config):
     """
     for part in ("normalizer", "pre_tokenizer"):
         theirs, ours = found[part] or {"type": None}, expected[part] or {"type": None}
-        for key in sorted({"type", *ours} - {"trim_offsets"}):
+        for key in sorted({"type", *ours}):
             if theirs.get(key) == ours.get(key) or SWITCHES.get(key) in config:
                 continue
             says = f"the {key} of its {part} is {theirs.get(key)}"
@@ -302,28 +312,9 @@ def check_alike(found, expected, config):
 def check_qwen2(found, expected):
     """Raise ValueError where tokenizer.json splits texts in another way than Qwen2's class."""
     for part in ("normalizer", "pre_tokenizer"):
-        if without_offsets(found[part]) != without_offsets(expected[part]):
+        if found[part] != expected[part]:
             told = "with which transformers reads each folder whose model_type is qwen2"
             raise ValueError(f"its {part} is not that of Qwen2Tokenizer, {told}")
-
-
-def without_offsets(part):
-    """Return a part of tokenizer.json without `trim_offsets`, which changes no token."""
-    if isinstance(part, list):
-        return [without_offsets(item) for item in part]
-    if isinstance(part, dict):
-        return {k: without_offsets(value) for k, value in part.items() if k != "trim_offsets"}
-    return part
-
-
-def check_byte_level(tokenizer):
-    """Raise ValueError unless `transformers` takes the file as it is, although its class says so.
-
-    It builds LlamaTokenizer anew where tokenizer.json has nothing that is byte-level.
-    """
-    if '"ByteLevel"' not in tokenizer.to_str():
-        advice = '"tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json takes it'
-        raise ValueError(f"not byte-level, as LlamaTokenizer needs it here; {advice}")
 
 
 # ---------- writing -------------------------------------------------------------------------------

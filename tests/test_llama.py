@@ -21,7 +21,7 @@ import prune
 import train
 from models.checkpoint import config_values, load_model, read_config, save_model
 from models.compaction import compact
-from models.llama import Llama, Mistral, Qwen2, frequencies
+from models.llama import Llama, Mistral, Qwen2, frequencies, rotate
 from models.llama_config import LlamaConfig
 from models.runs import load_run
 from models.sparse import sparse
@@ -165,7 +165,9 @@ def test_batches_and_the_cache_change_nothing(name, beams, penalty, no_repeat):
 
 
 def test_bf16():
-    """Under autocast the rotation and the cache keep the data type of queries and keys."""
+    """Under autocast logits are float32, and what was rotated has the data type that it had."""
+    x = torch.ones(1, 1, 2, 4, dtype=torch.bfloat16)
+    assert rotate(x, torch.ones(2, 2), torch.zeros(2, 2)).equal(x)
     model = random_model(spread=0.1)
     ids = random_ids(2, 9)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -221,10 +223,10 @@ def test_a_folder_is_read_as_it_was_written(name, tmp_path, capsys):
         ("llama", {}, {"attention_dropout": 2}, "attention_dropout is 2; expected float from 0"),
         ("llama", {}, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ("llama", {}, {"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
-        ("llama", {}, {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type of rope_scali"),
-        ("llama", {}, {"rope_parameters": {"rope_type": "yarn"}}, "rope_type of rope_parameters"),
+        ("llama", {}, {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type is 'linear'"),
+        ("llama", {}, {"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'; exp"),
         ("llama", {}, {"rope_parameters": {"mrope_section": [2]}}, "has mrope_section"),
-        ("llama", {}, {"rope_scaling": {"rope_type": "llama3"}}, "has no factor, low_freq_factor"),
+        ("llama", {}, {"rope_scaling": {"rope_type": "llama3"}}, "factor of rope_scaling is None"),
         ("llama", {}, {"rope_scaling": {"rope_theta": 0}}, "rope_theta of rope_scaling is 0"),
         ("llama", {}, {"rope_scaling": [1]}, "rope_scaling is [1]; expected an object"),
         ("mistral", {}, {"sliding_window": 32}, "sliding_window is 32; expected None"),
