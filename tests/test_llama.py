@@ -167,7 +167,7 @@ def test_batches_and_the_cache_change_nothing(name, beams, penalty, no_repeat):
 def test_bf16():
     """Under autocast logits are float32, and what was rotated has the data type that it had."""
     x = torch.ones(1, 1, 2, 4, dtype=torch.bfloat16)
-    assert rotate(x, torch.ones(2, 2), torch.zeros(2, 2)).equal(x)
+    assert rotate(x, torch.ones(2, 2), torch.zeros(2, 2)).dtype == torch.bfloat16
     model = random_model(spread=0.1)
     ids = random_ids(2, 9)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
