@@ -102,6 +102,11 @@ def read_json(path):
     return value
 
 
+def read_optional(path):
+    """Return the object in a JSON file, an empty one where the file is missing."""
+    return read_json(path) if path.is_file() else {}
+
+
 def sha256_of(*paths):
     """Return the hex digest over the bytes of files, one after another."""
     digest = hashlib.sha256()

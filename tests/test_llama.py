@@ -25,7 +25,8 @@ from models.llama import Llama, Mistral, Qwen2, frequencies, rotate
 from models.llama_config import LlamaConfig
 from models.runs import load_run
 from models.sparse import sparse
-from models.tokenizer import QWEN2_WORDS, load_tokenizer
+from models.tokenizer import load_tokenizer
+from models.tokenizer_classes import QWEN2_WORDS
 from support.matrices import encoder_linears
 from support.terminal import UserError
 from tools import deploy, pictures

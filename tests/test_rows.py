@@ -259,7 +259,7 @@ def test_class_weights(tmp_path):
     assert weighed.mean() == pytest.approx(float(plain.mean()))
     assert weighed[9] / weighed[0] == pytest.approx(4)
     assert (kind.losses(logits[:1], torch.tensor([IGNORED])) == 0).all()
-    with pytest.raises(UserError, match='"class_weights": expected \'balanced\''):
+    with pytest.raises(UserError, match="\"class_weights\": expected 'balanced'"):
         task_of(tmp_path, class_weights="yes")
 
 
