@@ -265,8 +265,13 @@ class Dataset:
         return part
 
     def split(self, fraction, seed):
-        """Return two Datasets, the rest and a random `fraction`. Neither of them is empty."""
+        """Return two Datasets, the rest and a random `fraction`. Neither of them is empty.
+
+        Raises UserError where there is one example alone.
+        """
         count = len(self.examples or self)
+        if count < 2:
+            raise UserError("--teacher-split: the training set has one example; expected two")
         order = np.random.default_rng(seed).permutation(count)
         cut = np.clip(round(fraction * count), 1, count - 1)
         return [self.take(np.sort(part)) for part in (order[cut:], order[:cut])]

@@ -90,9 +90,9 @@ class Embeddings(nn.Module):
     def forward(self, input_ids, token_type_ids):
         if self.token_type_embeddings.num_embeddings == 1:  # the tokenizer may give type 1, too
             token_type_ids = torch.zeros_like(token_type_ids)
-        hidden = self.word_embeddings(input_ids)  # (B, T, C)
-        hidden = hidden + self.token_type_embeddings(token_type_ids)
-        hidden = hidden + self.positions(input_ids)
+        hidden = self.word_embeddings(input_ids)  # (B, T, C), in bf16 if they are kept in it
+        hidden = hidden.to(self.LayerNorm.weight.dtype)
+        hidden = hidden + self.token_type_embeddings(token_type_ids) + self.positions(input_ids)
         return self.dropout(self.LayerNorm(hidden))
 
     def positions(self, input_ids):

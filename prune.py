@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from support.matrices import as_one, by_shape, encoder_linears, encoder_matrices
-from support.matrices import lay_side_by_side, widest
+from support.matrices import in_float32, lay_side_by_side, widest
 from support.patterns import check_density, keep_pattern
 from support.schedules import cubic_at
 from support.selection import top_k_masks
@@ -51,7 +51,7 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         weight, mask = ctx.saved_tensors
-        for_scores = grad * weight if ctx.needs_input_grad[0] else None
+        for_scores = grad * in_float32(weight) if ctx.needs_input_grad[0] else None
         for_weight = None
         if ctx.needs_input_grad[1]:
             for_weight = torch.mul(grad, mask, out=torch.empty_like(weight))
@@ -229,7 +229,7 @@ class Dense:
 class Masked(Dense):
     """A method with masks: a matrix keeps the int(v * numel) weights of largest `rank`."""
 
-    uses = ("density", "pattern", "hold", "ramp", "ramp_power")
+    uses = ("density", "pattern", "hold", "ramp", "ramp_power", "frozen_dtype")
     layer = MaskedLinear
     initial = 0.0  # value of the scores at the start; None: there are none
     top_k = True
@@ -365,7 +365,7 @@ class SoftMovement(Movement):
     """
 
     recipe = "soft-movement"
-    uses = ("density", "hold", "ramp", "ramp_power", "score_lr", "reg_lambda")
+    uses = ("density", "hold", "ramp", "ramp_power", "score_lr", "reg_lambda", "frozen_dtype")
     threshold = 0.1  # the final tau
     shift = 0.0  # of the scores in R
     top_k = False

@@ -40,7 +40,7 @@ from models.tokenizer import label_word_ids, load_tokenizer
 from prune import METHODS
 from support.fetch import find_config
 from support.files import Log, claimed, make_folder, write_json
-from support.machine import DEVICES, DTYPES, from_rank_0, join_processes, pick_dtype
+from support.machine import DEVICES, DTYPES, from_rank_0, join_processes, pick_dtype, store_frozen
 from support.patterns import check_pattern, n_of_m
 from support.recipes import recipe
 from support.schedules import lr_at
@@ -51,6 +51,7 @@ from support.terminal import as_flag, live, number, parse_settings, show_setting
 
 PINS_SCORES = ("absolute", "signed")
 REGRESSIONS = ("interpolate", "logit")
+STORED = ("fp32", "bf16")
 
 
 @dataclass
@@ -113,6 +114,7 @@ class Settings:
     log_every: COUNT = 50  # steps between log lines
     device: DEVICES = "auto"  # where to run
     dtype: DTYPES = None  # autocast; recipe auto: bf16 where the device computes in it; demo fp32
+    frozen_dtype: STORED = "fp32"  # of frozen matrices; bf16 needs half the memory
 
 
 def recipe_of(s):
@@ -242,8 +244,6 @@ class Run:
         self.dev_sets = {name: part.kind.quick(part) for name, part in self.whole_dev.items()}
         self.held_out = {}  # part of train to choose the teacher on
         if s.teacher_split:
-            if len(self.train_set.gold) < 2:
-                raise UserError("--teacher-split: the training set has one example; expected two")
             self.train_set, part = self.train_set.split(s.teacher_split, s.seed)
             self.held_out["dev"] = part.kind.quick(part)
         self.steps_per_epoch = len(self.batches_of(0))
@@ -256,6 +256,7 @@ class Run:
             self.method = METHODS[s.method](self.model.to(self.device), s, self.total_steps)
         except ValueError as error:
             raise UserError(f"--method {s.method}: {error}") from None
+        store_frozen(self.model, s.frozen_dtype, self.dtype)
         fused = self.device.type != "mps"
         self.optimizer = torch.optim.AdamW(self.method.groups(), fused=fused)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]

@@ -17,6 +17,7 @@ from models.roberta import Roberta
 from prune import masked_linears
 from support.fetch import model_files
 from support.files import atomic_write, read_json, sha256_of, write_json
+from support.matrices import in_float32
 from support.terminal import UserError, quote, tell
 
 # The class of each "model_type" of config.json.
@@ -279,11 +280,12 @@ def check_tensors(folder, Model, tensors, shapes, may_be_absent):
 @torch.no_grad()
 def baked_state(model):
     """Return the state dict with the masks applied, without scores: what any BERT can load."""
-    state = model.state_dict()
+    state = {name: in_float32(tensor) for name, tensor in model.state_dict().items()}
     training = model.training
     model.eval()
     for name, module in masked_linears(model).items():
-        state[f"{name}.weight"] = module.masked_weight() + 0.0  # -0.0 becomes 0.0
+        masked = in_float32(module.masked_weight())
+        state[f"{name}.weight"] = masked + 0.0  # -0.0 becomes 0.0
         state.pop(f"{name}.scores", None)
     model.train(training)
     return state

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from model import attend_with_dropout
 from models.causal import Causal
+from support.matrices import in_float32
 
 
 def attend(q, k, v, mask, dropout, scale):
@@ -66,8 +67,7 @@ class LanguageModel(Causal):
 
     def logits(self, hidden):
         """Return the logits (..., V) of `hidden` (..., C), in float32."""
-        logits = F.linear(hidden, self.head_weight)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return in_float32(F.linear(hidden, self.head_weight))
 
     @property
     def num_heads(self):

@@ -15,6 +15,7 @@ from torch import nn
 
 from model import BY_TANH, EXACT, gelu
 from models.decoder import LanguageModel, attend, drop_tied_head
+from support.matrices import in_float32
 
 # The six matrices of a layer: the papers' letter for each, and its name in the layer.
 MATRICES = {
@@ -159,7 +160,8 @@ class Decoder(nn.Module):
         each layer, see `Causal`. `mask`, (B, 1, R, T), is set where a token attends to a key; None:
         to all tokens up to itself.
         """
-        x = self.dropout(self.wte(input_ids) + self.wpe(positions))  # (B, R, C)
+        x = in_float32(self.wte(input_ids)) + in_float32(self.wpe(positions))  # (B, R, C)
+        x = self.dropout(x)
         for layer, cache in zip(self.h, caches or [None] * len(self.h)):
             x = layer(x, mask, cache)
         return self.ln_f(x)

@@ -17,6 +17,7 @@ from torch import nn
 
 from models.decoder import LanguageModel, attend, drop_tied_head
 from models.llama_config import SCALING, LlamaConfig, MistralConfig, Qwen2Config
+from support.matrices import in_float32
 
 # The seven matrices of a layer: a letter for each, and its name in the layer.
 MATRICES = {
@@ -126,7 +127,7 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids, positions, mask=None, caches=None):
         """Return the last hidden states, (B, R, C); see `Decoder` of models/gpt2.py."""
-        x = self.embed_tokens(input_ids)  # (B, R, C)
+        x = in_float32(self.embed_tokens(input_ids))  # (B, R, C)
         angles = positions[..., None] * frequencies(self.config, x.device)  # (..., R, D/2)
         angles = angles.unsqueeze(-3)  # the same for all heads
         turned = angles.cos(), angles.sin()

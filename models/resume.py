@@ -87,7 +87,7 @@ MAY_CHANGE = ("resume", "out", "device", "data_dir", "model", "task_file", "from
 
 # The settings that older runs do not have.
 NEWER = ("patience", "label_smoothing", "beams", "length_penalty", "no_repeat_ngram")
-NEWER += ("max_new_tokens", "eval_sources")
+NEWER += ("max_new_tokens", "eval_sources", "frozen_dtype")
 
 
 def resumed(given, out, Settings):

@@ -60,6 +60,21 @@ def autocast(device, dtype):
     return torch.autocast(device.type, half)
 
 
+def store_frozen(model, kept_in, dtype):
+    """Keep the frozen matrices of a model in bf16, if `kept_in` is "bf16" and not "fp32".
+
+    A run in bf16 multiplies by the same numbers then. The rounded embeddings are read as float32.
+    Raises UserError where a run computes in another `dtype`.
+    """
+    if kept_in == "fp32":
+        return
+    if dtype != "bf16":
+        raise UserError(f"--frozen-dtype {kept_in}: the run computes in {dtype}; give --dtype bf16")
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+
+
 def send(tensor, device):
     """Return the tensor on the device.
 

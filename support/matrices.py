@@ -55,6 +55,11 @@ def as_one(matrices):
     return first.as_strided(shape, (first.numel(), *first.stride()))
 
 
+def in_float32(tensor):
+    """Return a tensor of less precision than float32 in float32, and others as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def widest(tensor):
     """Return float64, or float32 on MPS, which has none."""
     return torch.float32 if tensor.is_mps else torch.float64

@@ -4,17 +4,20 @@ fp16 runs on the CPU here, with the same GradScaler that a GPU has.
 """
 
 import json
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from test_errors import refused
 
 import eval as evaluation
 import prune
 import train
 from kinds.classify import Classify
-from models.checkpoint import parse_safetensors
+from models.checkpoint import load_model, parse_safetensors, save_model
 from support.machine import pick_dtype
 
 
@@ -144,6 +147,66 @@ def test_a_resumed_run_keeps_its_dtype(tiny, tmp_path, monkeypatch):
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name
+
+
+def rounded_folder(source, folder, names):
+    """A copy of a model whose matrices with one of `names` in their own are rounded to bf16."""
+    shutil.copytree(source, folder)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if tensor.dim() > 1 and any(part in name for part in names):
+            tensors[name] = tensor.bfloat16().float()
+    save_file(tensors, path, {"format": "pt"})
+
+
+def check_frozen_in_bf16(flags, tmp_path, method, names):
+    """A run with frozen matrices in bf16 equals one in float32 of a model with rounded ones.
+
+    `names` are parts of the names of the matrices that are frozen.
+    """
+    model = load_model(flags[1], *forms_of(flags))
+    save_model(tmp_path / "first", model, model.state_dict(), ())
+    for path in Path(flags[1]).iterdir():
+        if path.name not in ("model.safetensors", "config.json"):
+            shutil.copy(path, tmp_path / "first")
+    rounded_folder(tmp_path / "first", tmp_path / "rounded", names)
+    flags = [*flags[2:], "--method", method, "--dtype", "bf16", "--max-steps", "10"]
+    flags += ["--density", "0.3", "--eval-every", "5"]
+    for name, more in (("first", ["--frozen-dtype", "bf16"]), ("rounded", [])):
+        out = tmp_path / f"run-{name}"
+        assert train.main(["--model", str(tmp_path / name), *flags, "--out", str(out), *more]) == 0
+    ours, theirs = [tmp_path / f"run-{name}" for name in ("first", "rounded")]
+    for file in ("scores.safetensors", "model/model.safetensors"):
+        a, b = load_file(ours / file), load_file(theirs / file)
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name].dtype == b[name].dtype
+            assert torch.equal(a[name], b[name]), name
+    assert losses_of(ours) == losses_of(theirs)
+    before, after = [load_file(tmp_path / f / "model.safetensors") for f in ("first", "rounded")]
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def forms_of(flags):
+    """The arguments of `load_model` that fit the model of these flags."""
+    config = json.loads((Path(flags[1]) / "config.json").read_text())
+    if config.get("model_type", "bert") == "bert":
+        return "words", 2, [1, 2]
+    return "vocabulary", 0, (), 0, None, True, "vocabulary"
+
+
+@pytest.mark.parametrize("method", ["smp-s", "movement"])
+@pytest.mark.parametrize("flags", ["tiny", "texts"])
+def test_frozen_matrices_in_bf16(flags, method, request, tmp_path):
+    names = ["embeddings", "wte", "wpe"] if method == "movement" else [""]
+    check_frozen_in_bf16(request.getfixturevalue(flags), tmp_path, method, names)
+
+
+def test_frozen_matrices_need_a_run_in_bf16(tiny, tmp_path, capsys):
+    flags = ["--frozen-dtype", "bf16", "--out", tmp_path / "out"]
+    refused(capsys, [*tiny, *flags, "--method", "smp-s"], "--frozen-dtype", "fp32", "--dtype bf16")
+    refused(capsys, [*tiny, *flags, "--method", "dense"], "--frozen-dtype", "dense")
 
 
 def test_a_gpu_that_emulates_bf16_computes_in_fp16(monkeypatch):
