@@ -1,13 +1,9 @@
-"""Checkpoints in Hugging Face's layout, in and out, and other files of tensors."""
+"""Checkpoints in Hugging Face's layout, in and out."""
 
-import json
 from dataclasses import fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as from_safetensors
-from safetensors.torch import save as to_safetensors
 
 from model import BY_TANH, EXACT, Bert
 from models.gpt2 import GPT2
@@ -16,43 +12,14 @@ from models.llama import Llama, Mistral, Qwen2
 from models.roberta import Roberta
 from prune import masked_linears
 from support.fetch import model_files
-from support.files import atomic_write, read_json, sha256_of, write_json
+from support.files import read_json, sha256_of, write_json
 from support.matrices import in_float32
+from support.tensors import read_safetensors, save_tensors
 from support.terminal import UserError, quote, tell
 
 # The class of each "model_type" of config.json.
 ARCHITECTURES = {"bert": Bert, "roberta": Roberta, "gpt2": GPT2}
 ARCHITECTURES |= {"llama": Llama, "mistral": Mistral, "qwen2": Qwen2}
-
-# ---------- files of tensors ----------------------------------------------------------------------
-
-
-def read_safetensors(path):
-    """Return ({name: tensor}, metadata) of a safetensors file; UserError if missing or damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            return tensors, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
-
-
-def parse_safetensors(data, path):
-    """Return ({name: tensor}, metadata) of `data`, the bytes of a checkpoint at `path`."""
-    try:
-        tensors = from_safetensors(data)
-    except SafetensorError as error:
-        lost = "the run cannot be resumed; its best model so far, if any, is in best/"
-        raise UserError(f"{path}: damaged ({error}); {lost}") from None
-    size = int.from_bytes(data[:8], "little")  # of the header
-    return tensors, json.loads(data[8 : 8 + size]).get("__metadata__", {})
-
-
-def save_tensors(path, tensors, **header):
-    """Write {name: tensor} as a safetensors file; `header` is its metadata."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    atomic_write(path, to_safetensors(tensors, header))
-
 
 # ---------- reading a checkpoint ------------------------------------------------------------------
 

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 
-from models.checkpoint import parse_safetensors, save_tensors
 from models.runs import read_run_config
+from support.tensors import parse_safetensors, save_tensors
 from support.terminal import UserError, as_flag
 
 

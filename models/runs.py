@@ -10,13 +10,14 @@ import torch
 
 from data import Task, get_task, kind_of, read_split, with_settings
 from models.checkpoint import DROPOUTS, baked_state, load_model, model_sha256, read_config
-from models.checkpoint import read_safetensors, save_model, save_tensors
+from models.checkpoint import save_model
 from models.tokenizer import load_tokenizer, save_tokenizer, unknown_id
 from prune import METHODS
 from support.fetch import find_model, locate
 from support.files import read_json, sha256_of, write_json
 from support.machine import peak_memory, surroundings
 from support.matrices import encoder_linears
+from support.tensors import read_safetensors, save_tensors
 from support.terminal import UserError, quote, warn
 
 # ---------- what a run writes ---------------------------------------------------------------------

@@ -5,12 +5,11 @@ import math
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save as to_safetensors
 
-from models.checkpoint import baked_state, parse_safetensors
+from models.checkpoint import baked_state
 from models.runs import check_vocabulary, described, is_run, load_folder, load_run, name_of
-from support.files import atomic_write
 from support.machine import from_rank_0
+from support.tensors import as_safetensors, parse_safetensors, save_tensors
 from support.terminal import UserError, show, tell
 
 
@@ -122,9 +121,11 @@ class Teacher:
         tensors = {"teacher": self.table}
         if run.kind.teaches_beside:
             tensors = self.table.state_dict()
-        data = to_safetensors({name: tensor.cpu() for name, tensor in tensors.items()})
-        run.progress.teacher_file = f"teacher-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
-        atomic_write(run.out / run.progress.teacher_file, data)
+        digest = hashlib.sha256()
+        for part in as_safetensors(tensors, {}):
+            digest.update(part)
+        run.progress.teacher_file = f"teacher-{digest.hexdigest()[:16]}.safetensors"
+        save_tensors(run.out / run.progress.teacher_file, tensors)
 
     def load(self, run):
         """Read the table that the checkpoint names; UserError where it is missing or another."""

@@ -50,35 +50,36 @@ def is_stream(path):
 
 
 def atomic_write(path, data):
-    """Write bytes or text to `path` so that it is never half-written. A stream is written directly.
+    """Write `data` to `path` so that it is never half-written. A stream is written directly.
 
-    An OSError names the path.
+    `data` is text, bytes, or parts of bytes one after another. An OSError names the path.
     """
     if isinstance(data, str):
         data = data.encode()
+    parts = [data] if isinstance(data, bytes) else data
     try:
         if str(path) in ("/dev/stdout", "/dev/fd/1"):
             sys.stdout.flush()
-            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.writelines(parts)
         elif is_stream(path):
             with open(path, "ab") as file:
-                file.write(data)
+                file.writelines(parts)
         else:
-            replace_file(Path(path).resolve(), data)  # a link stays a link
+            replace_file(Path(path).resolve(), parts)  # a link stays a link
     except OSError as error:
         error.filename = str(path)
         raise
 
 
-def replace_file(path, data):
-    """Write bytes to a temporary file, and rename that to `path`."""
+def replace_file(path, parts):
+    """Write parts of bytes to a temporary file, and rename that to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent.glob(f".{path.name}.????????.tmp"))
     temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # no other writer has it
     try:
         with open(temp, "wb") as file:
             lock(file)
-            file.write(data)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.utime(temp)  # so that no other writer takes it for an old one

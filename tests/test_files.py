@@ -15,6 +15,7 @@ from pathlib import Path
 import forks
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from test_errors import contents, edit_json, refused
 
@@ -23,6 +24,7 @@ import eval as evaluation
 import train
 from conftest import GOLDEN
 from support import fetch, files, machine
+from support.tensors import as_safetensors, parse_safetensors
 from support.terminal import UserError, show
 from tools import deploy, pictures, report
 from tools import masks as mask_files
@@ -788,3 +790,19 @@ def test_what_an_older_version_wrote(tmp_path, monkeypatch, capsys):
     result = json.loads(Path("unfinished/result.json").read_text())
     for name in ("metrics", "best", "achieved_density"):
         assert result[name] == expected[name]
+
+
+def test_a_file_of_tensors():
+    """The package safetensors reads every type, shape and layout, and the metadata."""
+    rng = torch.Generator().manual_seed(0)
+    tensors = {"flag": torch.rand(3, 5, generator=rng) > 0.5, "empty": torch.zeros(0, 4)}
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        tensors[f"of {dtype}"] = torch.randn(4, 3, generator=rng).to(dtype).T  # not contiguous
+    tensors |= {"number": torch.tensor(7), "byte": torch.arange(5, dtype=torch.uint8)}
+    data = b"".join(bytes(part) for part in as_safetensors(tensors, {"form": "pt"}))
+    found, metadata = parse_safetensors(data, "FILE")
+    assert metadata == {"form": "pt"}
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name

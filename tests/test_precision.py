@@ -17,8 +17,9 @@ import eval as evaluation
 import prune
 import train
 from kinds.classify import Classify
-from models.checkpoint import load_model, parse_safetensors, save_model
+from models.checkpoint import load_model, save_model
 from support.machine import pick_dtype
+from support.tensors import parse_safetensors
 
 
 def losses_of(out):

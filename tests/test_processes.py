@@ -36,8 +36,8 @@ import train
 from data import Task, prepare
 from forks import Fork
 from models import resume
-from models.checkpoint import save_tensors
 from support.machine import join_processes
+from support.tensors import save_tensors
 
 ROOT = Path(train.__file__).parent
 Run = train.Run

@@ -31,8 +31,7 @@ from torch import nn
 from data import Task, load_dev, with_settings
 from eval import evaluate, manner, write_predictions
 from kinds import KINDS
-from models.checkpoint import config_values, from_config_values, holds, read_safetensors
-from models.checkpoint import save_tensors
+from models.checkpoint import config_values, from_config_values, holds
 from models.compaction import add_padding, attention_of, change_heads, compact, drop_padding
 from models.compaction import matrix_names
 from models.runs import load_run, save_folder, trained_on
@@ -41,6 +40,7 @@ from models.tokenizer import load_tokenizer, save_tokenizer
 from support.files import atomic_write, is_stream, read_json
 from support.machine import DEVICES, autocast, inputs, pick_device
 from support.matrices import encoder_linears
+from support.tensors import read_safetensors, save_tensors
 from support.terminal import number, show
 from tools.masks import evaluate_masks, save_mask
 

@@ -21,7 +21,7 @@ from safetensors.numpy import save as numpy_to_safetensors
 
 from data import get_task, kind_of, load_dev, with_settings
 from eval import entropy, evaluate
-from models.checkpoint import load_model, model_sha256, read_config, read_safetensors
+from models.checkpoint import load_model, model_sha256, read_config
 from models.runs import read_run_config, trained_on
 from models.tokenizer import load_tokenizer, word_ids
 from prune import METHODS, mask_matrices, masked_linears
@@ -29,6 +29,7 @@ from support.fetch import find_model
 from support.files import atomic_write, is_stream
 from support.machine import DTYPES
 from support.recipes import COMMON, COMMON_OF_KIND
+from support.tensors import read_safetensors
 from support.terminal import UserError, show, tell
 
 # ---------- masks as bytes ------------------------------------------------------------------------

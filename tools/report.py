@@ -36,12 +36,13 @@ import torch
 
 from data import kind_of, load_dev
 from eval import evaluate
-from models.checkpoint import load_model, model_sha256, read_safetensors
+from models.checkpoint import load_model, model_sha256
 from models.runs import load_run, read_run_config, source_of
 from prune import METHODS
 from support.fetch import find_model
 from support.machine import DEVICES, pick_device
 from support.patterns import check_density
+from support.tensors import read_safetensors
 from support.terminal import NO_SHARES, as_flag, as_shown, show, tell
 from tools import pictures
 from tools.record import NOT_RECORDED, read_record, read_run
