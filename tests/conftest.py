@@ -182,6 +182,22 @@ def texts(tmp_path_factory):
     return flags
 
 
+# The sizes of the models of test_llama.py.
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+
+
+@pytest.fixture(scope="session")
+def llama(texts, tmp_path_factory):
+    """The flags of `texts`, with a folder of a little random Llama whose head is its own."""
+    folder = tmp_path_factory.mktemp("llama") / "model"
+    shutil.copytree(texts[1], folder)
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    config = {"model_type": "llama", **SIZES, "vocab_size": vocabulary, "num_hidden_layers": 2}
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 0}))
+    return ["--model", str(folder), *texts[2:]]
+
+
 # Each of these files has a function `begin`, which starts work that runs beside the other tests, on
 # one core. The work begins in this order, the longest first. The tests that wait for it, by the
 # fixture `begun`, come last, in the same order.

@@ -30,7 +30,7 @@ import prune
 import train
 from kinds import KINDS, classify, generate
 from models import checkpoint, resume, runs, teacher
-from support import machine, selection, terminal
+from support import machine, selection, tensors, terminal
 
 ROOT = Path(train.__file__).parent
 
@@ -170,8 +170,8 @@ def fake_device():
         # Weights are read from files as real tensors. Fake ones have neither bytes nor values.
         for owner in (runs, train):
             replace(owner, "load_model", without_fakes(checkpoint.load_model))
-        for owner in (checkpoint, teacher):
-            replace(owner, "to_safetensors", lambda *args, **kwargs: b"")
+        for owner in (tensors, teacher):
+            replace(owner, "as_safetensors", lambda *args: [])
         for kind in KINDS.values():
             replace(kind, "predictions", no_predictions)
         # Where a text ends depends on its tokens, which have no values.

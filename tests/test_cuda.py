@@ -35,6 +35,7 @@ CASES = [
     "--method pins --dtype fp16 --teacher self:RUN --pins-score signed --grad-accum 2",
     "--method smp-s --dtype bf16 --teacher self --eval-every 1 --label-smoothing 0.1",  # texts
     "--method pins --dtype fp16 --grad-accum 2 --beams 2",  # texts
+    "--method smp-s --dtype bf16 --frozen-dtype bf16 --beams 2",  # texts, by Llama
 ]
 
 # A fault of fake_cuda.FAULTS: the flags of the run, and the file and the code of the line where the
@@ -70,14 +71,15 @@ def begin(background, fixture):
     if not torch.cuda.is_available():
         library = fake_cuda.build_library(compiler(), folder)
         code = f"import ctypes; ctypes.CDLL({str(library)!r}); {code}"
-    cases = cases_of(folder, fixture("tiny"), fixture("texts"), fixture("kinds"))
+    bases = [fixture(name) for name in ("tiny", "texts", "llama")]
+    cases = cases_of(folder, *bases, fixture("kinds"))
     (folder / "cases.json").write_text(json.dumps(cases))
     paths = os.pathsep.join([str(fake_cuda.ROOT), str(fake_cuda.ROOT / "tests")])
     command = [sys.executable, "-c", code, str(folder / "cases.json")]
     return background.start(command, env={"PYTHONPATH": paths})
 
 
-def cases_of(folder, tiny, texts, kinds):
+def cases_of(folder, tiny, texts, llama, kinds):
     """Return {case or fault: [flags, the fault or None]}."""
     teacher = folder / "teacher"
     dense = ["--method", "dense", "--max-steps", "1", "--out", str(teacher)]
@@ -89,6 +91,8 @@ def cases_of(folder, tiny, texts, kinds):
             case_here = case_here.replace(f"{kind}.json", path)
         flags = shlex.split(case_here)
         base = texts if {"--beams", "--label-smoothing"} & set(flags) else tiny
+        if "--frozen-dtype" in flags:
+            base = llama
         cases[case] = ([*base, *two_steps(flags), *flags], None)
     for fault, (flags, _, _) in FAULTS.items():
         flags = shlex.split(flags)

@@ -19,6 +19,7 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 import eval as evaluation
 import prune
 import train
+from conftest import SIZES
 from models.checkpoint import config_values, load_model, read_config, save_model
 from models.compaction import compact
 from models.llama import Llama, Mistral, Qwen2, frequencies, rotate
@@ -31,8 +32,6 @@ from support.matrices import encoder_linears
 from support.terminal import UserError
 from tools import deploy, pictures
 
-SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
-SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
 SLOWER = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SLOWER |= {"original_max_position_embeddings": 32}
 LLAMA3 = {"rope_theta": 500.0, "rope_scaling": {"rope_type": "llama3", **SLOWER}}
@@ -363,17 +362,6 @@ def test_tokenizers_that_are_refused(texts, tmp_path):
 
 
 # ---------- whole runs ----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def llama(texts, tmp_path_factory):
-    """The flags of `texts`, with a folder of a little random Llama whose head is its own."""
-    folder = tmp_path_factory.mktemp("llama") / "model"
-    shutil.copytree(texts[1], folder)
-    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
-    config = {"model_type": "llama", **SIZES, "vocab_size": vocabulary, "num_hidden_layers": 2}
-    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 0}))
-    return ["--model", str(folder), *texts[2:]]
 
 
 def test_random_weights(llama, capsys):

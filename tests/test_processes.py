@@ -279,6 +279,7 @@ SAME = {
     "span": {"method": "pins", "teacher": "self", "eval_every": 4},
     "tag": {"method": "smp-s", "teacher": "self", "eval_every": 4},
     "texts": {"method": "pins", "teacher": "self", "eval_every": 4},
+    "llama": {"method": "smp-s", "eval_every": 4, "hold": 0, "ramp": 1},
     "one-example": {"method": "dense", "batch_size": 101, "max_steps": 3},
     "headless": {"method": "smp-s"},
     "from-headless": {"method": "fixed"},
@@ -311,7 +312,7 @@ def begin(background, fixture):
             if name == "from-headless":
                 options["from"] = folder / "1" / "headless"
             flags = flags_of(**options, out=folder / world / name)
-            base = fixture("texts" if name == "texts" else "tiny")
+            base = fixture(name if name in ("texts", "llama") else "tiny")
             plan.append({"flags": [*base, *flags]})
         plans.append(plan)
     return folder, background.call(make_both, plans, folder)
