@@ -71,7 +71,9 @@ def store_frozen(model, kept_in, dtype):
     if dtype != "bf16":
         raise UserError(f"--frozen-dtype {kept_in}: the run computes in {dtype}; give --dtype bf16")
     for parameter in model.parameters():
-        if parameter.dim() > 1 and not parameter.requires_grad:
+        if parameter.dim() < 2:
+            parameter.data = parameter.data.clone()  # else it holds all that a file had in memory
+        elif not parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
 
 

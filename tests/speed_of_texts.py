@@ -4,11 +4,13 @@
     python tests/speed_of_texts.py step        a step of smp-s and pins over a dense one
     python tests/speed_of_texts.py teacher     a step with a teacher beside the student
     python tests/speed_of_texts.py memory      peak memory of a step of GPT-2's size
+    python tests/speed_of_texts.py bytes       memory for each weight in a step of SmolLM2's size
 
 The weights are random. A ratio is the median over rounds in which both are called in turn. It is no
 test, because no test asserts a time. Nothing else should run beside it.
 """
 
+import os
 import resource
 import subprocess
 import sys
@@ -23,28 +25,37 @@ import torch
 from data import get_task, kind_of, with_settings
 from models.checkpoint import save_model
 from models.gpt2 import GPT2, GPT2Config
+from models.llama import Llama
+from models.llama_config import LlamaConfig
 from models.teacher import Teacher, frozen_copy
 from prune import METHODS
-from support.machine import peak_memory
+from support.machine import peak_memory, store_frozen
+from support.matrices import encoder_linears
 from tools.deploy import alternate
 from train import settings_from
 
 CPU = torch.device("cpu")
+SMALL = {"vocab_size": 4000, "n_positions": 256, "n_embd": 256, "n_layer": 4, "n_head": 4}
+SMOLLM2 = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536}
+SMOLLM2 |= {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+SMOLLM2 |= {"rope_theta": 100000.0, "tie_word_embeddings": True}
 SHAPES = {
-    "4 x 256": {"vocab_size": 4000, "n_positions": 256, "n_embd": 256, "n_layer": 4, "n_head": 4},
-    "GPT-2": {},
+    "4 x 256": (GPT2, GPT2Config(**SMALL)),
+    "GPT-2": (GPT2, GPT2Config()),
+    "SmolLM2": (Llama, LlamaConfig(**SMOLLM2)),
 }
 KIND = kind_of(get_task("e2e"))
 PROMPT, NEW = 40, 16  # tokens
 REPEAT = 3
 
 
-def model_of(shape, **changes):
-    torch.manual_seed(0)
-    model = GPT2(GPT2Config(**SHAPES[shape] | changes), "vocabulary")
+def model_of(shape):
+    Model, config = SHAPES[shape]
+    with torch.device("meta"):
+        model = Model(config, "vocabulary")
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    model.load_state_dict(GPT2.draw(shapes, 0))
-    return model
+    model.load_state_dict(Model.draw(shapes, 0), assign=True)
+    return model.requires_grad_(True)
 
 
 def batch_of(model, size=16, source=40, text=28):
@@ -76,8 +87,8 @@ def ratio(what, functions):
 def generate():
     """Print transformers' time over ours: above 1 ours is faster.
 
-    With GPT-2's shape a batch of 32 is decoded greedily and with the cache alone: the rest takes
-    hours on a core.
+    With the larger shapes a batch of 32 is decoded greedily and with the cache alone: the rest
+    takes hours on a core.
     """
     import transformers
 
@@ -86,11 +97,11 @@ def generate():
         model = model_of(shape).eval()
         with tempfile.TemporaryDirectory() as folder:
             save_model(Path(folder), model, model.state_dict(), ())
-            theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
         for size in (1, 32):
             for beams in (1, 5):
                 for cached in (True, False):
-                    slow = shape == "GPT-2" and size == 32 and (beams == 5 or not cached)
+                    slow = shape != "4 x 256" and size == 32 and (beams == 5 or not cached)
                     if not slow:
                         compare(shape, model, theirs, size, beams, cached)
 
@@ -119,7 +130,7 @@ def compare(shape, model, theirs, size, beams, cached):
 # ---------- training ------------------------------------------------------------------------------
 
 
-def step_of(name, model, teacher=None):
+def step_of(name, model, teacher=None, dtype="fp32", frozen_dtype="fp32", rows=16):
     """Return a function that does a step of a method, in the middle of its ramp."""
     given = {"model": "demo", "task": "demo", "method": name}
     if name != "dense":
@@ -127,17 +138,19 @@ def step_of(name, model, teacher=None):
     s = settings_from(given)
     s.hold, s.ramp = 0.1, 0.6
     method = METHODS[name](model.train(), s, 1000)
+    store_frozen(model, frozen_dtype, dtype)
     optimizer = torch.optim.AdamW(method.groups(), fused=True)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     task = with_settings(get_task("e2e"), dict.fromkeys(KIND.uses, 0), "here")
     kind = kind_of(task)
-    batch = batch_of(model)
+    batch = batch_of(model, rows)
     method.update(400)
 
     def step():
-        decided = kind.decide(model, batch, CPU, "fp32")
+        decided = kind.decide(model, batch, CPU, dtype)
         losses = teacher.losses(kind, decided) if teacher else decided.losses
         losses.mean().backward()
+        step.resident = resident()
         method.penalise(400)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         method.observe(400, 1e-4)
@@ -150,7 +163,7 @@ def step_of(name, model, teacher=None):
 
 def steps():
     """Print the time of a step of smp-s and of pins over that of a dense one."""
-    for shape in SHAPES:
+    for shape in ("4 x 256", "GPT-2"):
         for name in ("smp-s", "pins"):
             functions = [step_of(name, model_of(shape)), step_of("dense", model_of(shape))]
             ratio(f"{shape}, a step of {name} over dense", functions)
@@ -158,7 +171,7 @@ def steps():
 
 def teachers():
     """Print the time of a step of pins with a teacher over one without."""
-    for shape in SHAPES:
+    for shape in ("4 x 256", "GPT-2"):
         model = model_of(shape)
         teacher = Teacher("self")
         teacher.table = frozen_copy(model, model.state_dict())
@@ -193,11 +206,44 @@ def one(way):
     print(f"GPT-2, 16 x 112, LM head at {way}: {told}")
 
 
+def resident():
+    """Return the bytes of memory that this process has (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def bytes_per_weight():
+    """Print what a step of one row in bf16 needs for each weight, by process after process.
+
+    The allocator gives back at once what is freed, so that the figures are what is in use.
+    """
+    ways = [("smp-l", "fp32"), ("smp-l", "bf16"), ("smp-s", "fp32"), ("smp-s", "bf16")]
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000"}
+    for way in [*ways, ("dense", "fp32"), ("pins", "fp32")]:
+        subprocess.run([sys.executable, __file__, "weights", *way], env=env)
+
+
+def weights(name, frozen_dtype):
+    """Do two steps of SmolLM2's size; print the memory less that of the libraries."""
+    before = resident()
+    model = model_of("SmolLM2")
+    masked = sum(linear.weight.numel() for linear in encoder_linears(model))
+    step = step_of(name, model, None, "bf16", frozen_dtype, rows=1)
+    step()
+    step()
+    after, most = step.resident - before, peak_memory(CPU) - before
+    told = f"{after / 1e6:.0f} MB after backward, {most / 1e6:.0f} MB at most"
+    each = f"{after / masked:.1f} and {most / masked:.1f} for each of {masked:,} weights"
+    print(f"{name}, frozen matrices in {frozen_dtype}: {told}: {each}", flush=True)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     commands = {"generate": generate, "step": steps, "teacher": teachers, "memory": memory}
+    commands["bytes"] = bytes_per_weight
     if sys.argv[1] == "one":
         one(sys.argv[2])
+    elif sys.argv[1] == "weights":
+        weights(*sys.argv[2:])
     else:
         for name in sys.argv[1:]:
             commands[name]()
