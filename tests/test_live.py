@@ -23,7 +23,10 @@ import eval as evaluation
 import train
 from kinds import classify, span, text
 from models import resume
+from models.checkpoint import load_model
 from support import fetch, terminal
+from support.matrices import encoder_linears
+from support.terminal import UserError
 from tools import deploy, pictures, report
 
 
@@ -422,5 +425,30 @@ def test_curves(made, tmp_path, capsys):
     assert report.main([*runs, "--curve", str(tmp_path / "curve")]) == 0
     assert "2 tasks" in capsys.readouterr().out
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    runs += ["--curve", str(tmp_path / "weights.png"), "--against", "weights"]
+    assert report.main(runs) == 0
     both = [made / "pairs", "--curve", tmp_path / "x.png", "--density", "0.1"]
     refused(capsys, both, "--curve and --density: give one", main=report.main)
+    alone = [made / "pairs", "--against", "weights"]
+    refused(capsys, alone, "--against: only with --curve", main=report.main)
+
+
+def test_weights_in_place_of_densities(tiny, monkeypatch):
+    """A point is at the number of weights that were kept, and models have lines of their own."""
+    settings = {"method": "smp-s", "teacher": None, "regression": "value", "seed": 0}
+    found = []
+    for model, achieved in (("$ONE", 0.1), ("$ONE", 0.5), ("$OTHER/model", 0.5)):
+        result = {"task": "t", "method": "smp-s", "density": 0.4, "metrics": {"f1": achieved}}
+        found.append((result | {"achieved_density": achieved}, settings | {"model": model}))
+    monkeypatch.delenv("ONE", raising=False)
+    with pytest.raises(UserError, match=r"\$ONE is not set"):
+        report.encoder_sizes(found[:1])
+    monkeypatch.setenv("ONE", tiny[1])
+    monkeypatch.setenv("OTHER", str(Path(tiny[1]).parent))
+    sizes = report.encoder_sizes(found)
+    model = load_model(tiny[1], "classifier", 2)
+    assert set(sizes.values()) == {sum(w.weight.numel() for w in encoder_linears(model))}
+    assert report.densities_of_lines(found, dict.fromkeys(sizes, 2000)) == {
+        ("t", "ONE smp-s"): {200.0: [10.0], 1000.0: [50.0]},
+        ("t", "model smp-s"): {1000.0: [50.0]},
+    }

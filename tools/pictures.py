@@ -43,19 +43,21 @@ def save_figure(figure, path):
     atomic_write(path, picture.getvalue())
 
 
-def curve(lines, metrics, path):
-    """Draw the first metric at the last step against density: a panel a task, a line a method.
+def curve(lines, metrics, path, against):
+    """Draw the first metric at the last step: a panel a task, a line a method.
 
     `lines` are {(task, label): {density: values of the seeds}}, `metrics` {task: name}. A line is
     the mean over seeds, and its band one standard deviation each way. Dense runs are a dashed line.
+    `against`: "density", or "weights", whose number then stands in place of the density.
     """
     figure, path = new_figure(path, "--curve", size=(6.5 * len(metrics), 4.2))
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     labels = sorted({label for _, label in lines})
     for panel, task in zip(panels, sorted(metrics)):
         here = {label: points for (t, label), points in lines.items() if t == task}
-        draw_panel(panel, here, labels)
-        panel.set(title=task, xlabel="density", ylabel=f"{metrics[task]} on dev, percent")
+        draw_panel(panel, here, labels, ticks=against == "density")
+        xlabel = "density" if against == "density" else "weights of the encoder that are not zero"
+        panel.set(title=task, xlabel=xlabel, ylabel=f"{metrics[task]} on dev, percent")
     save_figure(figure, path)
     print(f"{path}: {len(lines)} lines, {len(metrics)} tasks")
 
@@ -65,10 +67,10 @@ def spread(values):
     return np.std(values, ddof=1) if len(values) > 1 else 0.0
 
 
-def draw_panel(axes, lines, labels):
+def draw_panel(axes, lines, labels, ticks):
     """Draw the lines {label: {density: values}} of a task. `labels` are those of all tasks.
 
-    A label has the same colour in each panel.
+    A label has the same colour in each panel. `ticks`: mark the densities that were drawn.
     """
     for label, points in lines.items():
         i = labels.index(label)
@@ -83,9 +85,15 @@ def draw_panel(axes, lines, labels):
             continue
         axes.plot(densities, means, style, color=color, label=label)
         axes.fill_between(densities, means - spreads, means + spreads, color=color, alpha=0.2)
-    shown = sorted({density for points in lines.values() for density in points if density < 1})
     axes.set_xscale("log")
-    axes.set_xticks(shown, [f"{density:g}" for density in shown])
+    if ticks:
+        shown = sorted({density for points in lines.values() for density in points if density < 1})
+        axes.set_xticks(shown, [f"{density:g}" for density in shown])
+    else:
+        from matplotlib.ticker import EngFormatter, LogLocator
+
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 300k
     axes.minorticks_off()
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 

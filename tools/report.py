@@ -3,6 +3,8 @@
     python -m tools.report runs/*                      one Markdown table over all runs
     python -m tools.report runs/* --pivot              a row per method, a column per density
     python -m tools.report runs/* --curve CURVE.png    metric against density, a line per method
+    python -m tools.report runs/* --curve CURVE.png --against weights
+                                                       metric against the number of weights kept
     python -m tools.report runs/* --first 'stsb-smp-s-*' --second 'stsb-smp-l-*'
                                                        is one method better than another?
     python -m tools.report RUN --plot RUN.png          densities and training curves, as a picture
@@ -10,6 +12,8 @@
     python -m tools.report RUN --density 0.2 0.1 0.05  dev metrics at other densities
 
 Runs are run folders, folders of runs, and records of tools.grid. Names of runs have * for any text.
+--against weights reads config.json of the models. A record names a model by a variable of the
+environment, such as $BERT.
 
 --first and --second compare pairs of runs of one model, task, density and seed. A dense run is a
 pair with the runs of every density. The metric is the first one of the task, on dev at the last
@@ -28,6 +32,7 @@ from support.terminal import Parser, UserError, program  # first: it says "loadi
 import itertools
 import json
 import math
+import os
 from fnmatch import fnmatchcase
 from types import SimpleNamespace
 
@@ -36,11 +41,12 @@ import torch
 
 from data import kind_of, load_dev
 from eval import evaluate
-from models.checkpoint import load_model, model_sha256
+from models.checkpoint import load_model, model_sha256, read_config
 from models.runs import load_run, read_run_config, source_of
 from prune import METHODS
 from support.fetch import find_model
 from support.machine import DEVICES, pick_device
+from support.matrices import encoder_linears
 from support.patterns import check_density
 from support.tensors import read_safetensors
 from support.terminal import NO_SHARES, as_flag, as_shown, show, tell
@@ -203,13 +209,16 @@ def mean_of(values, digits=1):
     return f"{text} ± {pictures.spread(values):.{digits}f}" if len(values) > 1 else text
 
 
-def densities_of_lines(found):
+def densities_of_lines(found, sizes=None):
     """Return {(task, label): {density: [the metric of each seed, in percent]}}.
 
     A label is the method with what `variant` adds. Runs of one label make one line, although a
     recipe may differ by density. Where two of them have the same density and seed, the label has
     the settings in which they differ, too. Where no density was asked for, the achieved one stands
     in its place, with two digits.
+
+    With `sizes`, the weights {model: number}, a number of weights that are not zero stands in place
+    of each density, with two digits, and the label begins with the model.
     """
     names = common_names(found)
     runs = {}  # {(task, label): [(settings, (density, seed), value)]}
@@ -218,6 +227,10 @@ def densities_of_lines(found):
         own = {name: settings[name] for name in sorted(compared)}
         label = f"{result['method']}{variant(settings)}"
         density = result["density"] or float(f"{result['achieved_density']:.2g}")
+        if sizes:
+            model = settings["model"]
+            label = f"{Path(model).name.removeprefix('$')} {label}"
+            density = float(f"{result['achieved_density'] * sizes[model]:.2g}")
         value = 100 * next(iter(result["metrics"].values()))
         run = (own, (density, settings.get("seed", 0)), value)
         runs.setdefault((result["task"], label), []).append(run)
@@ -229,6 +242,24 @@ def densities_of_lines(found):
             line = lines.setdefault((task, " ".join([label, *flags])), {})
             line[point] = value
     return {name: by_density(lines[name]) for name in sorted(lines)}
+
+
+def encoder_sizes(found):
+    """Return {model: the number of weights in the matrices of its encoder} for finished runs.
+
+    Raises UserError where a model is not at hand.
+    """
+    sizes = {}
+    for model in {settings["model"] for _, settings in found}:
+        path = os.path.expandvars(model)
+        if "$" in path:
+            advice = "let the variable name the folder of the model"
+            raise UserError(f"--against weights: {model} is not set; {advice}")
+        Model, config = read_config(find_model(path))
+        with torch.device("meta"):  # only shapes
+            linears = encoder_linears(Model(config, "classifier", 1))
+        sizes[model] = sum(linear.weight.numel() for linear in linears)
+    return sizes
 
 
 def short(value):
@@ -439,6 +470,8 @@ def parse(argv):
     add("--density", metavar="V", type=float, nargs="+", help=text)
     add("--pivot", action="store_true", help="a row per method, a column per density")
     add("--curve", metavar="FILE", help="draw the metric of the runs against density (PNG, ...)")
+    text = "what --curve draws the metric against; default density"
+    add("--against", choices=("density", "weights"), default="density", help=text)
     add("--first", nargs="+", metavar="NAME", help="compare the runs of these names ...")
     add("--second", nargs="+", metavar="NAME", help="... with those of these")
     add("--plot", metavar="FILE", help="draw densities and training curves (PNG, PDF, SVG)")
@@ -456,6 +489,8 @@ def parse(argv):
     one_run = args.plot or (args.density and not args.first)
     if one_run and len(args.runs) > 1:
         raise UserError("--plot and --density take one run")
+    if args.against != "density" and not args.curve:
+        raise UserError("--against: only with --curve")
     if args.best and not args.plot:
         raise UserError("--best: only with --plot")
     if args.only and (one_run or args.first):
@@ -479,7 +514,9 @@ def main(argv=None):
     elif args.curve:
         found = finished(args.runs, args.only)
         metrics = {result["task"]: next(iter(result["metrics"])) for result, _ in found}
-        pictures.curve(densities_of_lines(found), metrics, Path(args.curve))
+        sizes = encoder_sizes(found) if args.against == "weights" else None
+        lines = densities_of_lines(found, sizes)
+        pictures.curve(lines, metrics, Path(args.curve), args.against)
     else:
         table(finished(args.runs, args.only))
 
