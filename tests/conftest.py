@@ -198,6 +198,14 @@ def llama(texts, tmp_path_factory):
     return ["--model", str(folder), *texts[2:]]
 
 
+@pytest.fixture(scope="session")
+def hf():
+    """The package `transformers`; without it the test is skipped."""
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    return transformers
+
+
 # Each of these files has a function `begin`, which starts work that runs beside the other tests, on
 # one core. The work begins in this order, the longest first. The tests that wait for it, by the
 # fixture `begun`, come last, in the same order.

@@ -286,47 +286,63 @@ def test_masks_are_applied_once():
 # ---------- against transformers ------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def hf():
-    transformers = pytest.importorskip("transformers")
-    transformers.logging.set_verbosity_error()
-    return transformers
-
-
 def theirs_of(hf, model, folder):
     """The same model in transformers, by way of a folder; no key is missing or unexpected."""
     save_model(folder, model, model.state_dict(), ())
     loaded, told = hf.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(told[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(loaded).__name__ == model.hub_class
     return loaded
 
 
-@pytest.mark.real
-def test_logits_and_gradients_are_those_of_transformers(hf, tmp_path):
+def check_logits_and_gradients(hf, model, folder, seed=0):
     """On padded batches, and the gradients of the loss of some places, to 1e-5; both ways."""
-    changes = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
-    for number, sizes in enumerate(({}, {"n_inner": 48, "n_head": 2}, {"n_layer": 1})):
-        model = random_gpt2(number, **changes, **sizes)
-        theirs = theirs_of(hf, model, tmp_path / str(number))
-        ids = torch.randint(0, 97, (4, 20), generator=torch.Generator().manual_seed(number))
-        mask = torch.arange(20) < torch.tensor([20, 15, 9, 12])[:, None]
-        labels = torch.where(mask & (torch.arange(20) >= 5), ids, -100)
-        output = theirs(ids, attention_mask=mask.long(), labels=labels)
-        assert (model(ids) - output.logits)[mask].abs().max() < 1e-5
-        output.loss.backward()
-        next_one = labels[:, 1:].flatten()
-        places = torch.arange(80).view(4, 20)[:, :-1].flatten()[next_one >= 0]
-        logits = model(ids, reads=places)
-        loss = torch.nn.functional.cross_entropy(logits, next_one[next_one >= 0])
-        assert loss.item() == pytest.approx(output.loss.item(), abs=1e-5)
-        loss.backward()
-        ours = model.to_hub({name: p.grad for name, p in model.named_parameters()})
-        for name, parameter in theirs.named_parameters():
-            assert (ours[name] - parameter.grad).abs().max() < 1e-5, name
-        theirs.save_pretrained(tmp_path / f"{number}-theirs")
-        again = load_model(tmp_path / f"{number}-theirs", "vocabulary", form="vocabulary")
-        for name, tensor in model.state_dict().items():
-            assert torch.equal(tensor, again.state_dict()[name]), name
+    theirs = theirs_of(hf, model, folder / "ours")
+    ids = torch.randint(0, 97, (4, 30), generator=torch.Generator().manual_seed(seed))
+    mask = torch.arange(30) < torch.tensor([30, 25, 9, 12])[:, None]
+    labels = torch.where(mask & (torch.arange(30) >= 5), ids, -100)
+    output = theirs(ids, attention_mask=mask.long(), labels=labels)
+    logits = model(ids)
+    assert (logits - output.logits)[mask].abs().max() < 1e-5
+    assert logits.std() > 0.5
+    output.loss.backward()
+    next_one = labels[:, 1:].flatten()
+    places = torch.arange(120).view(4, 30)[:, :-1].flatten()[next_one >= 0]
+    logits = model(ids, reads=places)
+    loss = torch.nn.functional.cross_entropy(logits, next_one[next_one >= 0])
+    assert loss.item() == pytest.approx(output.loss.item(), abs=1e-5)
+    loss.backward()
+    ours = model.to_hub({name: p.grad for name, p in model.named_parameters()})
+    for name, parameter in theirs.named_parameters():
+        assert (ours[name] - parameter.grad).abs().max() < 1e-5, name
+    theirs.save_pretrained(folder / "theirs")
+    again = load_model(folder / "theirs", "vocabulary", form="vocabulary")
+    assert again.config == model.config
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def check_tokens(model, theirs, count, beams, penalty, no_repeat=0):
+    """Prompts of unequal length, most of whose outputs end early: every token is equal."""
+    prompts = random_prompts(count)
+    width = max(map(len, prompts))
+    padded = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    options = {"num_beams": beams, "length_penalty": penalty, "no_repeat_ngram_size": no_repeat}
+    options |= {"max_new_tokens": 16, "eos_token_id": ENDS, "pad_token_id": 0, "do_sample": False}
+    found = theirs.generate(padded, attention_mask=mask, **options)[:, width:].tolist()
+    ours = model.generate(prompts, ENDS, beams, penalty, no_repeat, 16)
+    assert sum(text[-1] in ENDS for text in ours) > count / 2
+    for theirs, text in zip(found, ours):
+        ends = [i + 1 for i, token in enumerate(theirs) if token in ENDS]
+        assert theirs[: ends[0] if ends else 16] == text
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("sizes", [{}, {"n_inner": 48, "n_head": 2}, {"n_layer": 1}])
+def test_logits_and_gradients_are_those_of_transformers(sizes, hf, tmp_path):
+    changes = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "n_positions": 64}
+    check_logits_and_gradients(hf, random_gpt2(**changes | sizes), tmp_path)
 
 
 @pytest.mark.real
@@ -335,21 +351,8 @@ def test_logits_and_gradients_are_those_of_transformers(hf, tmp_path):
     "beams, penalty", [(1, 1.0), (4, 0.8), (4, 1.0), (5, 0.8), (5, 1.0), (10, 0.8), (10, 1.0)]
 )
 def test_tokens_are_those_of_transformers(hf, beams, penalty, no_repeat, tmp_path):
-    """60 prompts of unequal length, most of whose outputs end early: every token is equal."""
     model = random_gpt2()
-    theirs = theirs_of(hf, model, tmp_path)
-    prompts = random_prompts(60)
-    width = max(map(len, prompts))
-    padded = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    options = {"num_beams": beams, "length_penalty": penalty, "no_repeat_ngram_size": no_repeat}
-    options |= {"max_new_tokens": 16, "eos_token_id": ENDS, "pad_token_id": 0, "do_sample": False}
-    found = theirs.generate(padded, attention_mask=mask, **options)[:, width:].tolist()
-    ours = model.generate(prompts, ENDS, beams, penalty, no_repeat, 16)
-    assert sum(text[-1] in ENDS for text in ours) > 30
-    for theirs, text in zip(found, ours):
-        ends = [i + 1 for i, token in enumerate(theirs) if token in ENDS]
-        assert theirs[: ends[0] if ends else 16] == text
+    check_tokens(model, theirs_of(hf, model, tmp_path), 60, beams, penalty, no_repeat)
 
 
 @pytest.mark.real

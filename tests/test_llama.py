@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_causal import ENDS, random_prompts
+from test_causal import ENDS, check_logits_and_gradients, check_tokens, random_prompts, theirs_of
 from test_errors import refused
 from test_generate import dataset_of
 from test_train import flags_of, interrupted_at, result_of, rows, run, same
@@ -510,71 +510,18 @@ def test_compaction_is_refused(finished, tmp_path, capsys):
 # ---------- against transformers ------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def hf():
-    transformers = pytest.importorskip("transformers")
-    transformers.logging.set_verbosity_error()
-    return transformers
-
-
-def theirs_of(hf, model, folder):
-    """The same model in transformers, by way of a folder; no key is missing or unexpected."""
-    save_model(folder, model, model.state_dict(), ())
-    loaded, told = hf.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(told[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert type(loaded).__name__ == model.hub_class
-    return loaded
-
-
 @pytest.mark.real
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_gradients_are_those_of_transformers(name, hf, tmp_path):
-    """On padded batches, and the gradients of the loss of some places, to 1e-5; both ways."""
-    model = random_model(name)
-    theirs = theirs_of(hf, model, tmp_path / "ours")
-    ids = random_ids(4, 30)
-    mask = torch.arange(30) < torch.tensor([30, 25, 9, 12])[:, None]
-    labels = torch.where(mask & (torch.arange(30) >= 5), ids, -100)
-    output = theirs(ids, attention_mask=mask.long(), labels=labels)
-    logits = model(ids)
-    assert (logits - output.logits)[mask].abs().max() < 1e-5
-    assert logits.std() > 0.5
-    output.loss.backward()
-    next_one = labels[:, 1:].flatten()
-    places = torch.arange(120).view(4, 30)[:, :-1].flatten()[next_one >= 0]
-    logits = model(ids, reads=places)
-    loss = torch.nn.functional.cross_entropy(logits, next_one[next_one >= 0])
-    assert loss.item() == pytest.approx(output.loss.item(), abs=1e-5)
-    loss.backward()
-    ours = {path: p.grad for path, p in model.named_parameters()}
-    for path, parameter in theirs.named_parameters():
-        assert (ours[path] - parameter.grad).abs().max() < 1e-5, path
-    theirs.save_pretrained(tmp_path / "theirs")
-    again = load(tmp_path / "theirs")
-    assert again.config == model.config
-    for path, tensor in model.state_dict().items():
-        assert torch.equal(tensor, again.state_dict()[path]), path
+    check_logits_and_gradients(hf, random_model(name), tmp_path)
 
 
 @pytest.mark.real
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("beams, penalty", [(1, 1.0), (4, 0.8)])
 def test_tokens_are_those_of_transformers(name, beams, penalty, hf, tmp_path):
-    """40 prompts of unequal length, many of whose outputs end early: every token is equal."""
     model = random_model(name)
-    theirs = theirs_of(hf, model, tmp_path)
-    prompts = random_prompts(40)
-    width = max(map(len, prompts))
-    padded = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    options = {"num_beams": beams, "length_penalty": penalty, "max_new_tokens": 16}
-    options |= {"eos_token_id": ENDS, "pad_token_id": 0, "do_sample": False}
-    found = theirs.generate(padded, attention_mask=mask, **options)[:, width:].tolist()
-    ours = model.generate(prompts, ENDS, beams, penalty, 0, 16)
-    assert sum(text[-1] in ENDS for text in ours) > 20
-    for theirs, text in zip(found, ours):
-        ends = [i + 1 for i, token in enumerate(theirs) if token in ENDS]
-        assert theirs[: ends[0] if ends else 16] == text
+    check_tokens(model, theirs_of(hf, model, tmp_path), 40, beams, penalty)
 
 
 TOKENIZERS = [

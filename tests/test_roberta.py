@@ -29,11 +29,6 @@ CLASSES = {
 
 
 @pytest.fixture(scope="module")
-def hf():
-    return pytest.importorskip("transformers")
-
-
-@pytest.fixture(scope="module")
 def files():
     """The folder of RoBERTa's real tokenizer."""
     if not Path(TOKENIZER or "missing").is_dir():
