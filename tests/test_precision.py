@@ -126,7 +126,7 @@ def test_a_nan_loss_of_any_micro_batch_stops_the_run(tiny, tmp_path, monkeypatch
 def test_a_resumed_run_keeps_its_dtype(tiny, tmp_path, monkeypatch):
     """ "auto" is decided once: a run that began in bf16 goes on in bf16, whatever the machine says.
 
-    It ends bit for bit like an uninterrupted run in bf16.
+    It ends bit for bit like an uninterrupted run in bf16. Its frozen matrices are in bf16, too.
     """
     update = prune.SMPShared.update
 
@@ -135,7 +135,7 @@ def test_a_resumed_run_keeps_its_dtype(tiny, tmp_path, monkeypatch):
         if step == 5:
             signal.raise_signal(signal.SIGTERM)
 
-    flags = ["--method", "smp-s", "--max-steps", "8", "--dtype"]
+    flags = ["--method", "smp-s", "--max-steps", "8", "--frozen-dtype", "bf16", "--dtype"]
     assert run(tiny, tmp_path / "whole", *flags, "bf16") == 0
     with monkeypatch.context() as patch:
         patch.setattr(train, "pick_dtype", lambda device: "bf16")
