@@ -51,7 +51,7 @@ from support.terminal import as_flag, live, number, parse_settings, show_setting
 
 PINS_SCORES = ("absolute", "signed")
 REGRESSIONS = ("interpolate", "logit")
-STORED = ("fp32", "bf16")
+FROZEN_DTYPES = ("fp32", "bf16")
 
 
 @dataclass
@@ -114,7 +114,7 @@ class Settings:
     log_every: COUNT = 50  # steps between log lines
     device: DEVICES = "auto"  # where to run
     dtype: DTYPES = None  # autocast; recipe auto: bf16 where the device computes in it; demo fp32
-    frozen_dtype: STORED = "fp32"  # of frozen matrices; bf16 needs half the memory
+    frozen_dtype: FROZEN_DTYPES = "fp32"  # of frozen matrices; bf16 needs half the memory
 
 
 def recipe_of(s):

@@ -72,7 +72,7 @@ def store_frozen(model, kept_in, dtype):
         raise UserError(f"--frozen-dtype {kept_in}: the run computes in {dtype}; give --dtype bf16")
     for parameter in model.parameters():
         if parameter.dim() < 2:
-            parameter.data = parameter.data.clone()  # else it holds all that a file had in memory
+            parameter.data = parameter.data.clone()  # a part of the file would hold all of it
         elif not parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
 

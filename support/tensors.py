@@ -9,9 +9,9 @@ from safetensors.torch import load as from_safetensors
 from support.files import atomic_write
 from support.terminal import UserError
 
-# The data types of a safetensors file by their names in it.
-TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-TYPES |= {"I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool}
+# The names of data types in a safetensors file.
+NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+NAMES |= {torch.int64: "I64", torch.uint8: "U8", torch.bool: "BOOL"}
 
 
 def read_safetensors(path):
@@ -46,14 +46,13 @@ def as_safetensors(tensors, metadata):
     The package safetensors makes two copies of all tensors, which here would double the memory that
     a run needs.
     """
-    names = {dtype: name for name, dtype in TYPES.items()}
     order = sorted(tensors, key=lambda name: -tensors[name].element_size())  # so all are aligned
     header = {"__metadata__": metadata}
     end = 0
     for name in order:
         tensor = tensors[name]
         start, end = end, end + tensor.nbytes
-        about = {"dtype": names[tensor.dtype], "shape": list(tensor.shape)}
+        about = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape)}
         header[name] = about | {"data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

@@ -30,8 +30,7 @@ from models.llama_config import LlamaConfig
 from models.teacher import Teacher, frozen_copy
 from prune import METHODS
 from support.machine import peak_memory, store_frozen
-from support.matrices import encoder_linears
-from tools.deploy import alternate
+from tools.deploy import alternate, count_weights
 from train import settings_from
 
 CPU = torch.device("cpu")
@@ -226,7 +225,7 @@ def weights(name, frozen_dtype):
     """Do two steps of SmolLM2's size; print the memory less that of the libraries."""
     before = resident()
     model = model_of("SmolLM2")
-    masked = sum(linear.weight.numel() for linear in encoder_linears(model))
+    masked = count_weights(model)
     step = step_of(name, model, None, "bf16", frozen_dtype, rows=1)
     step()
     step()

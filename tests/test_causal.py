@@ -160,9 +160,8 @@ def test_tokenizer(texts, tmp_path):
 # ---------- the decoder ---------------------------------------------------------------------------
 
 
-def test_a_token_reads_what_is_before_it():
+def check_what_a_token_reads(model):
     """A later token changes nothing before it; `reads` gives the logits of some places alone."""
-    model = random_gpt2()
     ids = torch.randint(0, 97, (3, 12), generator=torch.Generator().manual_seed(0))
     changed = ids.clone()
     changed[:, 7:] = 1
@@ -172,6 +171,10 @@ def test_a_token_reads_what_is_before_it():
     assert (whole[:, :7] - other[:, :7]).abs().max() < 1e-5
     assert (whole[:, 7:] - other[:, 7:]).abs().max() > 0.1
     assert (whole.flatten(0, 1)[[0, 13, 35]] - some).abs().max() < 1e-5
+
+
+def test_a_token_reads_what_is_before_it():
+    check_what_a_token_reads(random_gpt2())
 
 
 def test_dropout_on_a_cpu_sees_no_later_token():

@@ -352,12 +352,16 @@ def test_reports(finished, texts, tmp_path, capsys):
 
 
 def test_mask_files(finished, texts, tmp_path, capsys):
+    check_mask_files(finished, texts, tmp_path, capsys)
+
+
+def check_mask_files(finished, flags, tmp_path, capsys):
     """SMP's mask over the base is the task: the same metrics."""
     mask = tmp_path / "meals.mask"
     assert deploy.main(["save-mask", str(finished / "smp-s"), str(mask)]) == 0
     base = str(finished / "dense" / "model")
     capsys.readouterr()
-    argv = ["masks", base, str(mask), "--task-file", texts[3], "--data-dir", texts[5]]
+    argv = ["masks", base, str(mask), "--task-file", flags[3], "--data-dir", flags[5]]
     assert deploy.main(argv) == 0
     metrics = result_of(finished / "smp-s")["metrics"]
     assert f"nist {metrics['nist']:.4f}" in capsys.readouterr().out

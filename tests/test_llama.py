@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_causal import ENDS, check_logits_and_gradients, check_tokens, random_prompts, theirs_of
+from test_causal import ENDS, check_logits_and_gradients, check_tokens, check_what_a_token_reads
+from test_causal import random_prompts, theirs_of
 from test_errors import refused
-from test_generate import dataset_of
+from test_generate import check_mask_files, dataset_of
 from test_train import flags_of, interrupted_at, result_of, rows, run, same
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
@@ -74,17 +75,7 @@ def load(folder, **options):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_token_reads_what_is_before_it(name):
-    """A later token changes nothing before it; `reads` gives the logits of some places alone."""
-    model = random_model(name)
-    ids = random_ids(3, 12)
-    changed = ids.clone()
-    changed[:, 7:] = 1
-    with torch.no_grad():
-        whole, other = model(ids), model(changed)
-        some = model(ids, reads=torch.tensor([0, 13, 35]))
-    assert (whole[:, :7] - other[:, :7]).abs().max() < 1e-5
-    assert (whole[:, 7:] - other[:, 7:]).abs().max() > 0.1
-    assert (whole.flatten(0, 1)[[0, 13, 35]] - some).abs().max() < 1e-5
+    check_what_a_token_reads(random_model(name))
 
 
 def test_dropout_on_a_cpu_sees_no_later_token():
@@ -483,15 +474,7 @@ def test_go_on_with_another_task(finished, llama, tmp_path):
 
 
 def test_mask_files(finished, llama, tmp_path, capsys):
-    """SMP's mask over the base is the task: the same metrics."""
-    mask = tmp_path / "meals.mask"
-    assert deploy.main(["save-mask", str(finished / "smp-s"), str(mask)]) == 0
-    base = str(finished / "dense" / "model")
-    capsys.readouterr()
-    argv = ["masks", base, str(mask), "--task-file", llama[3], "--data-dir", llama[5]]
-    assert deploy.main(argv) == 0
-    metrics = result_of(finished / "smp-s")["metrics"]
-    assert f"nist {metrics['nist']:.4f}" in capsys.readouterr().out
+    check_mask_files(finished, llama, tmp_path, capsys)
 
 
 def test_compaction_is_refused(finished, tmp_path, capsys):

@@ -82,6 +82,8 @@ def read_gguf(path):
         for tensor in file.tensors:
             array = dequantize(tensor.data, tensor.tensor_type)  # its axes are (out, in)
             tensors[tensor.name] = torch.from_numpy(np.array(array, np.float32))
+    except NotImplementedError as error:  # a form of quantisation
+        raise UserError(f"{path}: {error}") from None
     except Exception as error:  # the library raises many kinds of them
         raise UserError(f"{path}: not a whole GGUF file ({error}); copy it again") from None
     return values, tensors

@@ -17,7 +17,7 @@ from support.terminal import UserError
 RESULT = dict.fromkeys(("task", "method"), str) | {"density": (int, float, type(None))}
 RESULT |= {"achieved_density": float, "metrics": dict, "best": dict}
 RESULT |= dict.fromkeys(("epochs", "train_seconds"), (int, float))
-SETTINGS = {"method": str, "teacher": (str, type(None)), "regression": str}
+SETTINGS = {"model": str, "method": str, "teacher": (str, type(None)), "regression": str}
 NOT_RECORDED = ("out", "data_dir", "device", "resume", "log_every")  # they change no result
 
 

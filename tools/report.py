@@ -46,11 +46,11 @@ from models.runs import load_run, read_run_config, source_of
 from prune import METHODS
 from support.fetch import find_model
 from support.machine import DEVICES, pick_device
-from support.matrices import encoder_linears
 from support.patterns import check_density
 from support.tensors import read_safetensors
 from support.terminal import NO_SHARES, as_flag, as_shown, show, tell
 from tools import pictures
+from tools.deploy import count_weights
 from tools.record import NOT_RECORDED, read_record, read_run
 
 # ---------- a table over runs ---------------------------------------------------------------------
@@ -217,8 +217,8 @@ def densities_of_lines(found, sizes=None):
     the settings in which they differ, too. Where no density was asked for, the achieved one stands
     in its place, with two digits.
 
-    With `sizes`, the weights {model: number}, a number of weights that are not zero stands in place
-    of each density, with two digits, and the label begins with the model.
+    With `sizes`, {model: number of its weights}, the number of weights that are not zero stands in
+    place of each density, with two digits. The label then begins with the model.
     """
     names = common_names(found)
     runs = {}  # {(task, label): [(settings, (density, seed), value)]}
@@ -257,8 +257,7 @@ def encoder_sizes(found):
             raise UserError(f"--against weights: {model} is not set; {advice}")
         Model, config = read_config(find_model(path))
         with torch.device("meta"):  # only shapes
-            linears = encoder_linears(Model(config, "classifier", 1))
-        sizes[model] = sum(linear.weight.numel() for linear in linears)
+            sizes[model] = count_weights(Model(config, "classifier", 1))
     return sizes
 
 
