@@ -2,12 +2,13 @@
 
     python -m tools.deploy export RUN DIR          a folder that `transformers` loads by itself
     python -m tools.deploy compact RUN DIR         the same function with fewer weights
+    python -m tools.deploy onnx RUN FILE.onnx      a file for ONNX Runtime, with --int8 a small one
     python -m tools.deploy sparse RUN              its metrics and speed with CSR matrices on a CPU
     python -m tools.deploy save-mask RUN FILE      an SMP run as one small file, a mask
 
 Existing files are overwritten only with --force. Use what compact and save-mask have written:
 
-    python -m tools.deploy evaluate DIR            metrics on dev of a folder of compact
+    python -m tools.deploy evaluate DIR            metrics on dev of a compact folder or ONNX file
     python -m tools.deploy predict DIR FILE        its predictions for a split
     python -m tools.deploy masks BASE FILE FILE    metrics of mask files over one base in memory
     python -m tools.deploy masks BASE MNLI.npy --task mnli --words maybe no yes
@@ -23,12 +24,13 @@ from support.terminal import Parser, UserError, program  # first: it says "loadi
 
 import json
 import time
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 
-from data import Task, load_dev, with_settings
+from data import Task, kind_of, load_dev, with_settings
 from eval import evaluate, manner, write_predictions
 from kinds import KINDS
 from models.checkpoint import config_values, from_config_values, holds
@@ -42,6 +44,7 @@ from support.machine import DEVICES, autocast, inputs, pick_device
 from support.matrices import encoder_linears
 from support.tensors import read_safetensors, save_tensors
 from support.terminal import number, show
+from tools import onnx_files
 from tools.masks import evaluate_masks, save_mask
 
 # ---------- where to write ------------------------------------------------------------------------
@@ -258,10 +261,12 @@ def copy_task(run, folder):
 
 
 def load_for_use(folder):
-    """Return (model, task, tokenizer, settings) of a compact folder, as `load_run` does of a run.
+    """Return (model, task, tokenizer, settings) of a compact folder or ONNX file, as `load_run`.
 
     Raises UserError where it is damaged, or where its task file now describes another task.
     """
+    if Path(folder).suffix == ".onnx":
+        return onnx_files.load_onnx(folder)
     path = Path(folder) / "compact.json"
     if not path.is_file():
         raise UserError(f"{folder}: no compact.json; it is no folder that `compact` wrote")
@@ -314,6 +319,43 @@ def describe_compact(sizes, config):
     return f"{heads} of {all_heads} heads, {units:,} of {all_units:,} units"
 
 
+# ---------- a file for ONNX Runtime ---------------------------------------------------------------
+
+
+def export_onnx(args):
+    """Write a run's or a compact folder's model for ONNX Runtime, and compare it with the run's.
+
+    What the masks make constant or unread is gone. With --int8 its matrices are quantised.
+    """
+    onnx_files.packages()
+    make_room(args)
+    run = Path(args.run)
+    is_run = not (run / "compact.json").is_file()
+    loaded = load_run(run, args.which) if is_run else load_for_use(run)
+    model, task, tokenizer, s = loaded
+    if kind_of(task).own_head:
+        raise UserError(f"onnx: not offered for {task.kind}; export writes its model")
+    if is_run:
+        compact(model)
+    settings = {"max_length": s["max_length"], "outputs": model.outputs}
+    data = onnx_files.to_onnx(model)
+    small = onnx_files.in_int8(data) if args.int8 else data
+    own = run / "task.json"
+    onnx_files.save_onnx(args.target, small, task, tokenizer, settings, own)
+    print(f"{args.target}: {Path(args.target).stat().st_size / 1e6:.2f} MB")
+    if args.no_check:
+        return
+    before = (load_run(run, args.which) if is_run else loaded)[0]
+    whole = onnx_files.to_onnx(before)
+    others = [("dense in ONNX Runtime", onnx_files.OnnxModel(whole))]
+    others.append(("the same in int8", onnx_files.OnnxModel(onnx_files.in_int8(whole))))
+    after, *_ = onnx_files.load_onnx(args.target)
+    dev_sets = load_dev(task, tokenizer, s["max_length"], args.data_dir)
+    most = compare(before, after, dev_sets, torch.device("cpu"), others)
+    if not args.int8 and most > 1e-3:
+        raise UserError(f"{args.target}: computes something else than the run; do not use it")
+
+
 # ---------- sparse execution ----------------------------------------------------------------------
 
 
@@ -356,8 +398,11 @@ def alternate(functions, device, repeat, warm=2):
     return np.array(rounds[warm:])
 
 
-def compare(before, after, dev_sets, device):
-    """Print how far the logits of two models on dev lie apart, their metrics, and their speed."""
+def compare(before, after, dev_sets, device, others=()):
+    """Print how far the logits of two models on dev lie apart, their metrics, and their speed.
+
+    `others`: [(name, model)] whose speed is compared, too. Return how far the logits lie apart.
+    """
     dev = list(dev_sets.values())[0]
     before = before.to(device).eval()
     after = after.to(device).eval()
@@ -371,13 +416,16 @@ def compare(before, after, dev_sets, device):
         logits = [kind.logits(model, dev, device, "fp32") for model in (before, after)]
         most = (logits[0] - logits[1]).abs().max()
         predicted = [kind.predictions(table, dev) for table in logits]
-        more = ""
+        spelled = [kind.spell(found) for found in predicted]
+        changed = sum(one != other for one, other in zip(*spelled))
+        more = f"; {changed:,} predictions differ" if changed else ""
     print(f"logits on {len(dev):,} dev examples differ by {most:.1e} at most{more}")
     for what, found in zip(("before", "after"), predicted):
         print(f"  {what}: {show(kind.measure(found, dev.gold))}")
     for size in (1, 8, 32):
         batch = dev.collate(np.arange(min(size, len(dev))))
-        speed(before, after, inputs(batch, device), device)
+        speed(before, after, inputs(batch, device), device, others=others)
+    return most
 
 
 @torch.no_grad()
@@ -391,10 +439,10 @@ def furthest(before, after, dev, device):
 
 
 @torch.no_grad()
-def speed(before, after, batch, device, repeat=7):
+def speed(before, after, batch, device, repeat=7, others=()):
     """Print the times of one batch: a dense model in fp32 and in bf16, and another, in turn.
 
-    Return the ratios (2,) of the first two to the last.
+    Return the ratios (2,) of the first two to the last. `others`: [(name, model)], timed, too.
     """
 
     def in_fp32():
@@ -407,16 +455,19 @@ def speed(before, after, batch, device, repeat=7):
     def this():
         after(**batch)
 
-    seconds = alternate([in_fp32, in_bf16, this], device, repeat)  # (repeat, 3)
-    ratios = np.median(seconds[:, :2] / seconds[:, 2:], axis=0)
-    fp32, bf16, ours = 1e3 * np.median(seconds, axis=0)  # milliseconds
+    more = [partial(model, **batch) for _, model in others]
+    seconds = alternate([in_fp32, in_bf16, this, *more], device, repeat)  # (repeat, 3 + others)
+    ratios = np.median(seconds / seconds[:, 2:3], axis=0)
+    fp32, bf16, ours, *_ = 1e3 * np.median(seconds, axis=0)  # milliseconds
     examples, length = batch["input_ids"].shape
     print(
         f"  {examples:3} x {length:3} tokens: dense {fp32:.1f} ms, in bf16 {bf16:.1f}, "
         f"this {ours:.1f}: {ratios[0]:.2f} and {ratios[1]:.2f} times as fast",
         flush=True,
     )
-    return ratios
+    for (name, _), ratio in zip(others, ratios[3:]):
+        print(f"{'':21}{name} {ratio * ours:.1f} ms: this is {ratio:.2f} times as fast", flush=True)
+    return ratios[:2]
 
 
 # ---------- mask files ----------------------------------------------------------------------------
@@ -457,6 +508,12 @@ def parse(argv):
     add("--drop-rows", metavar="R", type=number(int, "[0, inf)"), default=0, help=rows)
     add("--uniform", action="store_true", help="only units go; `transformers` loads it")
     with_data(add)
+    without_check(add)
+    add = add_command("onnx", export_onnx, "write the model of a run for ONNX Runtime")
+    of_run(add)
+    new_place(add, "FILE.onnx")
+    add("--int8", action="store_true", help="quantise the matrices")
+    add("--data-dir", metavar="DIR", default="data", help="folder of the data; default data")
     without_check(add)
     add = add_command("sparse", compare_sparse, "compare the run's model in CSR with itself")
     of_run(add)
