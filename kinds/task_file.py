@@ -13,7 +13,12 @@ MAY_LACK = {"test": (1, 1), "kind": (1, 1)}
 
 
 def read_task_file(path):
-    """Return the fields of a Task that a JSON file describes.
+    """Return the fields of a Task that a JSON file describes, see `task_fields`."""
+    return task_fields(read_json(path), path)
+
+
+def task_fields(row, path):
+    """Return the fields of a Task that the object of a JSON file describes.
 
         {"name": "mine", "train": "train.tsv", "dev": "dev.tsv", "columns": ["question", "answer"],
          "label": "label", "labels": ["bad", "good"], "words": ["no", "yes"], "metric": "accuracy"}
@@ -22,7 +27,6 @@ def read_task_file(path):
     them are "kind", which says what the files are, and "positive": without it the metric "f1" is F1
     of the second label. Raises UserError with the key that is wrong.
     """
-    row = read_json(path)
 
     def expect(condition, key, expected):
         if not condition:

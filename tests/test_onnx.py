@@ -1,31 +1,28 @@
 """Files for ONNX Runtime: they compute what the run computes, and say what is wrong with them."""
 
 import json
+import re
 import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from test_errors import refused
 from test_train import flags_of
 
 import train
+from models.roberta import Roberta, RobertaConfig
 from models.runs import load_run
-from support.terminal import UserError
 from tools import deploy, onnx_files
 
 pytestmark = pytest.mark.real
 
 
 @pytest.fixture(scope="module")
-def ort():
-    for name in onnx_files.PACKAGES.split():
-        pytest.importorskip(name)
-    return pytest.importorskip("onnxruntime")
-
-
-@pytest.fixture(scope="module")
 def runs(tiny, kinds, tmp_path_factory):
     """{name: folder} of runs that keep few weights or heads, one of each kind of output head."""
+    for name in onnx_files.PACKAGES.split():
+        pytest.importorskip(name)
     folder = tmp_path_factory.mktemp("onnx")
     plans = {
         "words": {"method": "smp-s"},
@@ -39,6 +36,15 @@ def runs(tiny, kinds, tmp_path_factory):
     return {name: folder / name for name in plans}
 
 
+@pytest.fixture(scope="module")
+def files(runs):
+    """{name: path} of the ONNX files of the runs."""
+    found = {name: folder.parent / f"{name}.onnx" for name, folder in runs.items()}
+    for name, path in found.items():
+        assert deploy.main(["onnx", str(runs[name]), str(path), "--no-check"]) == 0
+    return found
+
+
 def rows(count, length):
     """Random rows of tokens, with more padding from row to row, and two token types."""
     generator = torch.Generator().manual_seed(count * length)
@@ -48,66 +54,107 @@ def rows(count, length):
     return {"input_ids": ids * mask, "attention_mask": mask, "token_type_ids": types}
 
 
+@torch.no_grad()
+def check_logits(model, file, batch):
+    assert (model.eval()(**batch) - file(**batch)).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("name", ["words", "heads", "span", "tag"])
-def test_a_file_computes_what_the_run_computes(name, runs, tiny, ort, tmp_path, capsys):
-    """At any batch and length, with padding; so says the command, which compares them on dev."""
-    path = tmp_path / "model.onnx"
-    argv = ["onnx", runs[name], path, "--data-dir", tiny[5]]
-    assert deploy.main([str(word) for word in argv]) == 0
-    out = capsys.readouterr().out
-    assert out.count("dense in ONNX Runtime") == out.count("the same in int8") == 3
-    model, _, tokenizer, settings = load_run(runs[name])
-    file, task, theirs, about = onnx_files.load_onnx(path)
-    assert theirs.to_str() == tokenizer.to_str()
-    assert about["max_length"] == settings["max_length"]
-    with torch.no_grad():
-        for size in ((1, 9), (5, 17)):
-            batch = rows(*size)
-            assert (model.eval()(**batch) - file(**batch)).abs().max() < 1e-4
-    assert deploy.main(["evaluate", str(path), "--data-dir", tiny[5]]) == 0
-    metrics = capsys.readouterr().out.strip().split("fp32: ")[1]
-    assert f"before: {metrics}" in out
+def test_a_file_computes_what_the_run_computes(name, runs, files, tiny, capsys):
+    """At any batch and length, with padding, and on dev."""
+    model, task, tokenizer, settings = load_run(runs[name])
+    file, its_task, its_tokenizer, its_settings = onnx_files.load_onnx(files[name])
+    assert its_tokenizer.to_str() == tokenizer.to_str()
+    assert its_settings["max_length"] == settings["max_length"]
+    assert its_task == task
+    for size in ((1, 9), (5, 17)):
+        check_logits(model, file, rows(*size))
+    assert deploy.main(["evaluate", str(files[name]), "--data-dir", tiny[5]]) == 0
+    metrics = capsys.readouterr().out.split("fp32: ")[1].split()[1::2]
+    result = json.loads((runs[name] / "result.json").read_text())["metrics"]
+    assert metrics == [f"{100 * value:.2f}" for value in result.values()]
 
 
-def test_int8_is_smaller(runs, tiny, ort, tmp_path):
-    sizes = []
-    for flags in ([], ["--int8"]):
-        path = tmp_path / f"{len(flags)}.onnx"
-        argv = ["onnx", str(runs["words"]), str(path), "--no-check", *flags]
-        assert deploy.main(argv) == 0
-        sizes.append(path.stat().st_size)
-    assert sizes[1] < 0.8 * sizes[0]  # the embeddings of this model are most of it
-    batch = rows(3, 11)
-    ours, theirs = [onnx_files.load_onnx(tmp_path / f"{i}.onnx")[0](**batch) for i in (0, 1)]
-    assert 0 < (ours - theirs).abs().max() < 0.2 * ours.abs().max()
+def test_roberta(runs):
+    """Its positions are counted in the file, so that they fit any length."""
+    sizes = {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 40}
+    sizes |= {"vocab_size": 60, "num_hidden_layers": 2, "type_vocab_size": 1}
+    torch.manual_seed(0)
+    model = Roberta(RobertaConfig(**sizes, max_position_embeddings=34), "classifier", 3)
+    file = onnx_files.OnnxModel(onnx_files.to_onnx(model))
+    for size in ((1, 9), (5, 32)):
+        check_logits(model, file, rows(*size) | {"token_type_ids": torch.zeros(size).long()})
 
 
-def test_a_compact_folder(runs, tiny, ort, tmp_path):
-    """It gives the file that its run gives, but for the names of what is in it."""
+def test_a_compact_folder_in_int8(runs, tiny, tmp_path, capsys):
+    """Its file is smaller, and close to the run; the command compares and times the two."""
     folder, path = tmp_path / "compact", tmp_path / "model.onnx"
-    flags = ["--no-check", "--data-dir", tiny[5]]
-    assert deploy.main(["compact", str(runs["heads"]), str(folder), *flags]) == 0
-    assert deploy.main(["onnx", str(folder), str(path), *flags]) == 0
-    model = load_run(runs["heads"])[0].eval()
-    batch = rows(3, 11)
-    with torch.no_grad():
-        assert (model(**batch) - onnx_files.load_onnx(path)[0](**batch)).abs().max() < 1e-4
+    flags = ["--data-dir", tiny[5]]
+    assert deploy.main(["compact", str(runs["heads"]), str(folder), "--no-check", *flags]) == 0
+    capsys.readouterr()
+    assert deploy.main(["onnx", str(folder), str(path), "--int8", *flags]) == 0
+    out = capsys.readouterr().out
+    assert out.count("dense in ONNX Runtime") == 2 * out.count("ONNX Runtime, int8") == 6
+    apart = float(re.search(r"differ by (\S+) at most", out)[1])
+    model, *_ = load_run(runs["heads"])
+    logits = model.eval()(**rows(3, 11)).detach()
+    assert 1e-5 < apart < 0.2 * logits.abs().max()
+    file = onnx_files.load_onnx(path)[0](**rows(3, 11))
+    assert 1e-5 < (logits - file).abs().max() < 0.2 * logits.abs().max()
 
 
-def test_mistakes(runs, tiny, ort, texts, tmp_path, capsys, monkeypatch):
-    path = tmp_path / "model.onnx"
-    argv = ["onnx", runs["words"], path, "--no-check"]
-    assert deploy.main([str(word) for word in argv]) == 0
-    data = path.read_bytes()
+def test_int8_is_smaller_and_does_not_overflow(files):
+    """Logits in int8 are off by less than 5% of the largest."""
+    data = files["words"].read_bytes()
+    small = onnx_files.in_int8(data)
+    assert len(small) < 0.8 * len(data)  # the embeddings of this model are most of it
+    logits, in_int8 = [onnx_files.OnnxModel(each)(**rows(9, 17)) for each in (data, small)]
+    assert 0 < (logits - in_int8).abs().max() < 0.05 * logits.abs().max()
+
+
+def test_without_us(runs, files, tmp_path, monkeypatch):
+    """The lines in docs/deploy.md label texts as the run does."""
+    (lines,) = re.findall("```python\n(.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mrpc.onnx").write_bytes(files["words"].read_bytes())
+    theirs = {}
+    exec(lines, theirs)
+    model, _, tokenizer, settings = load_run(runs["words"])
+    tokenizer.enable_truncation(settings["max_length"])
+    pair = tokenizer.encode("One.", "Two, longer than one.")
+    assert theirs["inputs"]["input_ids"][1].tolist() == pair.ids
+    assert theirs["inputs"]["token_type_ids"][1].tolist() == pair.type_ids
+    assert theirs["inputs"]["attention_mask"].min() == 0
+    batch = {name: torch.tensor(values) for name, values in theirs["inputs"].items()}
+    check_logits(model, lambda **_: torch.tensor(theirs["logits"]), batch)
+    about = json.loads(theirs["texts"]["nanoprune"])
+    assert about["labels"] == about["label_words"] == ["no", "yes"]
+
+
+def with_metadata(data, texts):
+    """The bytes of an ONNX file with these metadata {name: text} alone."""
+    onnx, _ = onnx_files.packages()
+    model = onnx.load_from_string(data)
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, texts)
+    return model.SerializeToString()
+
+
+def test_mistakes(runs, files, texts, tmp_path, capsys, monkeypatch):
+    data = files["words"].read_bytes()
+    argv = ["onnx", runs["words"], files["words"]]
     refused(capsys, argv, "exists already", main=deploy.main)
+    assert files["words"].read_bytes() == data
+    refused(capsys, ["onnx", runs["words"], tmp_path / "x.on"], "ends with", main=deploy.main)
     (tmp_path / "empty").mkdir()
     argv = ["onnx", tmp_path / "empty", tmp_path / "x.onnx"]
     refused(capsys, argv, "config.json", main=deploy.main)
     for wrong in (data[: len(data) // 2], b"", b"text"):
         (tmp_path / "wrong.onnx").write_bytes(wrong)
         refused(capsys, ["evaluate", tmp_path / "wrong.onnx"], "wrong.onnx", main=deploy.main)
-    (tmp_path / "other.onnx").write_bytes(onnx_files.with_metadata(data, nanoprune=""))
-    refused(capsys, ["evaluate", tmp_path / "other.onnx"], "other.onnx", main=deploy.main)
+    for words in ({}, {"nanoprune": "no JSON"}, {"nanoprune": "[]", "tokenizer": "{}"}):
+        (tmp_path / "other.onnx").write_bytes(with_metadata(data, words))
+        refused(capsys, ["evaluate", tmp_path / "other.onnx"], "other.onnx", main=deploy.main)
     refused(capsys, ["evaluate", tmp_path / "no.onnx"], "no.onnx", main=deploy.main)
     flags = ["--method", "dense", "--max-steps", "1", "--out", str(tmp_path / "texts")]
     assert train.main([*texts, *flags]) == 0
@@ -116,15 +163,3 @@ def test_mistakes(runs, tiny, ort, texts, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     refused(capsys, argv, f"pip install {onnx_files.PACKAGES}", main=deploy.main)
     assert not (tmp_path / "x.onnx").exists()
-
-
-def test_metadata(runs, ort, tmp_path):
-    """The labels and label words can be read by any program."""
-    path = tmp_path / "model.onnx"
-    assert deploy.main(["onnx", str(runs["words"]), str(path), "--no-check"]) == 0
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    about = json.loads(session.get_modelmeta().custom_metadata_map["nanoprune"])
-    assert about["labels"] == about["label_words"] == ["no", "yes"]
-    with pytest.raises(UserError, match="no metadata"):
-        (tmp_path / "x.onnx").write_bytes(onnx_files.to_onnx(load_run(runs["words"])[0]))
-        onnx_files.load_onnx(tmp_path / "x.onnx")

@@ -4,6 +4,7 @@
     python -m tools.bench step select                 some of the parts
     python -m tools.bench cost                        what a step costs on a GPU, without one
     python -m tools.bench throughput --data-dir GLUE  on a task's texts, against the published way
+    python -m tools.bench trainer --data-dir GLUE     the same, against transformers.Trainer
 
 Each ratio is the median over alternating runs (one of ours, one of theirs, and again), so that a
 noisy machine is noisy for both. Weights are random, in the shape of a real model: MiniLM-L6-H384 on
@@ -18,7 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so it runs fr
 from support.terminal import Parser, UserError, program  # first: it says "loading torch"
 
 import copy
+import tempfile
+import time
 from functools import partial
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -280,20 +284,96 @@ def part_select(args, device):
 
 @torch.no_grad()
 def part_sparse(args, device):
-    """Compare CSR on the CPU with dense matrices, in fp32 and bf16, for random masks."""
+    """Compare CSR on the CPU with dense matrices, in fp32 and bf16, for random masks.
+
+    The dense matrices are in ONNX Runtime, too, where it is installed: in fp32 and int8.
+    """
     cpu = torch.device("cpu")
     config = BertConfig(**SHAPES[args.shape])
     for density in (0.1, 0.03):
         dense = Bert(config, "classifier", 2, mlm=False).eval().requires_grad_(False)
         for linear in encoder_linears(dense):
             linear.weight *= torch.rand_like(linear.weight) < density
+        try:
+            others = deploy.in_onnx_runtime(dense)
+        except UserError as error:
+            others = []
+            print(f"sparse, without ONNX Runtime: {error}")
         thin = copy.deepcopy(dense)
         stored = sparse(thin)
         print(f"sparse, {args.shape}, density {density}: {stored} matrices as CSR")
         for size in (1, 8, 32):
             for length in (32, 128):
                 batch = inputs(synthetic(length, size), cpu)
-                deploy.speed(dense, thin, batch, cpu, args.repeat)
+                deploy.speed(dense, thin, batch, cpu, args.repeat, others)
+
+
+def part_trainer(args, device):
+    """Compare steps on RTE with those of `transformers.Trainer` that fine-tunes the same model.
+
+    A batch has 32 examples, padded to the longest. In a round each program does a few steps.
+    """
+    dataset = load_dataset(get_task("rte"), "train", tokenizer_of(args), 256, args.data_dir)
+    for dtype in args.dtypes:
+        steps = {name: our_step(name, args.shape, device, dtype) for name in ("dense", "smp-s")}
+        rounds = []
+        for _ in range(args.repeat):
+            theirs = pace_of_trainer(dataset, args.shape, device, dtype)
+            rounds.append([theirs, *[pace_of(step, dataset, device) for step in steps.values()]])
+        seconds = np.array(rounds)  # (repeat, 3)
+        for i, name in enumerate(steps, 1):
+            title = f"trainer, rte, transformers.Trainer / {name}, {dtype}"
+            show(title, seconds[:, [0, i]], ("Trainer", name))
+
+
+TRAINER_STEPS = 10  # in a round; the first two do not count
+TRAINER_PACKAGES = ("transformers", "accelerate")
+TRAINER_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels")
+
+
+def pace_of(step, dataset, device):
+    """Return the seconds that one of our steps takes on a data set, with making the batch."""
+    seconds = []
+    for rows in some_batches(dataset, TRAINER_STEPS):
+        seconds.append(clock(lambda rows=rows: step(dataset.collate(rows)), device))
+    return np.mean(seconds[2:])
+
+
+def pace_of_trainer(dataset, shape, device, dtype):
+    """Return the seconds that a step of `transformers.Trainer` takes on a data set."""
+    import transformers
+
+    ends = []
+
+    class Watch(transformers.TrainerCallback):
+        def on_step_end(self, *_, **__):
+            ends.append(time.perf_counter())
+
+    def collate(rows):
+        batch = dataset.collate(np.array(rows))
+        return {name: batch[name] for name in TRAINER_INPUTS}
+
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**SHAPES[shape]))
+    with tempfile.TemporaryDirectory() as folder:
+        options = transformers.TrainingArguments(
+            output_dir=folder,
+            max_steps=TRAINER_STEPS,
+            per_device_train_batch_size=BATCH,
+            bf16=dtype == "bf16",
+            fp16=dtype == "fp16",
+            use_cpu=device.type == "cpu",
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to=[],
+        )
+        trainer = transformers.Trainer(
+            model, options, collate, train_dataset=range(len(dataset)), callbacks=[Watch()]
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+    return (ends[-1] - ends[1]) / (len(ends) - 2)
 
 
 COST_SIZES = ((64, 128), (32, 40))  # examples in a batch, and tokens of each
@@ -357,7 +437,9 @@ PARTS = {
     "throughput": part_throughput,
     "select": part_select,
     "sparse": part_sparse,
+    "trainer": part_trainer,
 }
+WITH_DATA = ("throughput", "trainer")
 
 # ---------- the command line ----------------------------------------------------------------------
 
@@ -369,7 +451,7 @@ def parse(argv):
     add("parts", nargs="*", metavar="PART", help=f"of {' '.join(PARTS)}; default all")
     add("--shape", choices=tuple(SHAPES), help="default base for cost and on a GPU, else minilm")
     add("--tokenizer", help="a folder with tokenizer.json, for real lengths; default the demo")
-    add("--data-dir", metavar="DIR", help="folder of the GLUE files, for throughput")
+    add("--data-dir", metavar="DIR", help="folder of the GLUE files, for throughput and trainer")
     text = "for cost and step; default all for cost, smp-l smp-s movement pins for step"
     add("--methods", nargs="+", metavar="METHOD", choices=tuple(CRITERIA), help=text)
     text = "step takes each, the other parts the last one; default fp32 bf16"
@@ -396,8 +478,10 @@ def main(argv=None):
     threads = f"{torch.get_num_threads()} threads"
     print(f"{device}, {threads}, torch {torch.__version__}, shape {args.shape}")
     for name in args.parts or PARTS:
-        if name == "throughput" and not args.data_dir:
+        if name in WITH_DATA and not args.data_dir:
             print(f"{name}: left out, needs --data-dir")
+        elif name == "trainer" and not all(find_spec(package) for package in TRAINER_PACKAGES):
+            print(f"{name}: left out, needs {' and '.join(TRAINER_PACKAGES)}")
         else:
             PARTS[name](args, device)
 

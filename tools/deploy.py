@@ -2,7 +2,7 @@
 
     python -m tools.deploy export RUN DIR          a folder that `transformers` loads by itself
     python -m tools.deploy compact RUN DIR         the same function with fewer weights
-    python -m tools.deploy onnx RUN FILE.onnx      a file for ONNX Runtime, with --int8 a small one
+    python -m tools.deploy onnx RUN FILE.onnx      a file for ONNX Runtime, in fp32 or --int8
     python -m tools.deploy sparse RUN              its metrics and speed with CSR matrices on a CPU
     python -m tools.deploy save-mask RUN FILE      an SMP run as one small file, a mask
 
@@ -39,7 +39,7 @@ from models.compaction import matrix_names
 from models.runs import load_run, save_folder, trained_on
 from models.sparse import sparse
 from models.tokenizer import load_tokenizer, save_tokenizer
-from support.files import atomic_write, is_stream, read_json
+from support.files import atomic_write, is_stream, read_json, read_optional
 from support.machine import DEVICES, autocast, inputs, pick_device
 from support.matrices import encoder_linears
 from support.tensors import read_safetensors, save_tensors
@@ -282,7 +282,7 @@ def load_for_use(folder):
 
 
 def evaluate_compact(args):
-    """Print the metrics on dev of a compact folder."""
+    """Print the metrics on dev of a compact folder or an ONNX file."""
     device = pick_device(args.device)
     model, task, tokenizer, s = load_for_use(args.folder)
     dev_sets = load_dev(task, tokenizer, s["max_length"], args.data_dir)
@@ -291,7 +291,7 @@ def evaluate_compact(args):
 
 
 def predict_compact(args):
-    """Write the predictions of a compact folder for a split."""
+    """Write the predictions of a compact folder or an ONNX file for a split."""
     device = pick_device(args.device)
     loaded = load_for_use(args.folder)
     write_predictions(loaded, device, args.data_dir, args.split, args.file)
@@ -323,37 +323,45 @@ def describe_compact(sizes, config):
 
 
 def export_onnx(args):
-    """Write a run's or a compact folder's model for ONNX Runtime, and compare it with the run's.
+    """Write the model of a run or of a compact folder for ONNX Runtime, and compare the two.
 
-    What the masks make constant or unread is gone. With --int8 its matrices are quantised.
+    The model of a run is compacted before. With --int8 the matrices of the file are quantised.
     """
     onnx_files.packages()
     make_room(args)
-    run = Path(args.run)
-    is_run = not (run / "compact.json").is_file()
-    loaded = load_run(run, args.which) if is_run else load_for_use(run)
-    model, task, tokenizer, s = loaded
+    if Path(args.target).suffix != ".onnx":
+        raise UserError(f"{args.target}: expected a name that ends with .onnx")
+    is_compact = Path(args.run, "compact.json").is_file()
+    load = load_for_use if is_compact else partial(load_run, which=args.which)
+    model, task, tokenizer, s = load(args.run)
     if kind_of(task).own_head:
         raise UserError(f"onnx: not offered for {task.kind}; export writes its model")
-    if is_run:
+    if not is_compact:
         compact(model)
-    settings = {"max_length": s["max_length"], "outputs": model.outputs}
     data = onnx_files.to_onnx(model)
-    small = onnx_files.in_int8(data) if args.int8 else data
-    own = run / "task.json"
-    onnx_files.save_onnx(args.target, small, task, tokenizer, settings, own)
+    if args.int8:
+        data = onnx_files.in_int8(data)
+    task_file = read_optional(Path(args.run, "task.json"))
+    onnx_files.save_onnx(args.target, data, model, task, tokenizer, s, task_file)
     print(f"{args.target}: {Path(args.target).stat().st_size / 1e6:.2f} MB")
     if args.no_check:
         return
-    before = (load_run(run, args.which) if is_run else loaded)[0]
-    whole = onnx_files.to_onnx(before)
-    others = [("dense in ONNX Runtime", onnx_files.OnnxModel(whole))]
-    others.append(("the same in int8", onnx_files.OnnxModel(onnx_files.in_int8(whole))))
     after, *_ = onnx_files.load_onnx(args.target)
+    before, *_ = load(args.run)
+    others = in_onnx_runtime(before)
     dev_sets = load_dev(task, tokenizer, s["max_length"], args.data_dir)
-    most = compare(before, after, dev_sets, torch.device("cpu"), others)
-    if not args.int8 and most > 1e-3:
+    apart = compare(before, after, dev_sets, torch.device("cpu"), others)
+    if not args.int8 and apart > 1e-3:  # more than rounding
         raise UserError(f"{args.target}: computes something else than the run; do not use it")
+
+
+def in_onnx_runtime(model):
+    """Return [(name, model)] of a dense model in ONNX Runtime: in fp32 and in int8."""
+    data = onnx_files.to_onnx(model)
+    return [
+        ("dense in ONNX Runtime", onnx_files.OnnxModel(data)),
+        ("dense in ONNX Runtime, int8", onnx_files.OnnxModel(onnx_files.in_int8(data))),
+    ]
 
 
 # ---------- sparse execution ----------------------------------------------------------------------
@@ -410,8 +418,8 @@ def compare(before, after, dev_sets, device, others=()):
     if kind.own_head:
         most = furthest(before, after, dev, device)
         predicted = [kind.predict(model, dev, device, "fp32") for model in (before, after)]
-        others = sum(one != other for one, other in zip(*predicted))
-        more = f"; {others:,} of their texts differ"
+        changed = sum(one != other for one, other in zip(*predicted))
+        more = f"; {changed:,} of their texts differ"
     else:
         logits = [kind.logits(model, dev, device, "fp32") for model in (before, after)]
         most = (logits[0] - logits[1]).abs().max()
@@ -522,11 +530,12 @@ def parse(argv):
     add = add_command("save-mask", write_mask, "write the run's mask")
     of_run(add)
     new_place(add, "FILE")
-    add = add_command("evaluate", evaluate_compact, "print the metrics of a compact folder")
-    add("folder", metavar="DIR", help="a folder that `compact` wrote")
+    written = "a folder that `compact` wrote, or a file that `onnx` wrote"
+    add = add_command("evaluate", evaluate_compact, "print the metrics on dev of such a model")
+    add("folder", metavar="DIR", help=written)
     with_data(add)
-    add = add_command("predict", predict_compact, "write the predictions of a compact folder")
-    add("folder", metavar="DIR", help="a folder that `compact` wrote")
+    add = add_command("predict", predict_compact, "write its predictions for a split")
+    add("folder", metavar="DIR", help=written)
     add("file", metavar="FILE", help="file of predictions")
     add("--split", default="test", help="split to predict; default test")
     with_data(add)

@@ -51,7 +51,7 @@ def check_values(path, found, types):
     """Raise UserError unless `found` has each name of `types`, with a value of its type."""
     for name, expected in types.items():
         if name not in found or not isinstance(found[name], expected):
-            raise UserError(f"{path}: {name} is missing, or not of the type that train.py writes")
+            raise UserError(f"{path}: {name} is missing, or not of the type that it should have")
 
 
 def read_record(path):
