@@ -177,7 +177,7 @@ def test_tools_run_from_any_folder(tmp_path):
         if '__name__ == "__main__"' in text:
             programs += 1
             assert 0 < text.find(line) < text.find("support.terminal"), path
-    assert programs == 7
+    assert programs == 8
     names = {path.stem for path in (ROOT / "tools").glob("*.py")}
     assert not names & {*sys.stdlib_module_names, "torch", "numpy", "tokenizers", "tqdm"}
 

@@ -13,7 +13,7 @@ from test_train import flags_of
 import train
 from models.roberta import Roberta, RobertaConfig
 from models.runs import load_run
-from tools import deploy, onnx_files
+from tools import deploy, onnx_files, tradeoff
 
 pytestmark = pytest.mark.real
 
@@ -129,6 +129,26 @@ def test_without_us(runs, files, tmp_path, monkeypatch):
     check_logits(model, lambda **_: torch.tensor(theirs["logits"]), batch)
     about = json.loads(theirs["texts"]["nanoprune"])
     assert about["labels"] == about["label_words"] == ["no", "yes"]
+
+
+def test_tradeoff(runs, files, tiny, tmp_path, capsys, monkeypatch):
+    """A row for each way to deploy a run, with the metrics of the run."""
+    data = files["words"].read_bytes()
+    monkeypatch.setattr(onnx_files, "to_onnx", lambda model: data)  # which takes seconds
+    flags = ["--method", "dense", "--max-steps", "1", "--out", str(tmp_path / "dense")]
+    assert train.main([*tiny, *flags]) == 0
+    named = ["--data-dir", tiny[5], "--repeat", "1"]
+    capsys.readouterr()
+    assert tradeoff.main([str(tmp_path / "dense"), str(runs["words"]), *named]) == 0
+    table = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    ways = ["PyTorch", "ONNX Runtime", "ONNX Runtime, int8", "ONNX Runtime, int8", "CSR"]
+    assert [row[3] for row in table] == ways
+    assert [row[5] == "1.00" for row in table] == [True, False, False, False, False]
+    metrics = [float(row[4].split()[1]) / 100 for row in table]
+    for row, folder in ((0, tmp_path / "dense"), (4, runs["words"])):
+        found = list(json.loads((folder / "result.json").read_text())["metrics"].values())[0]
+        assert abs(metrics[row] - found) < 1e-4
+    refused(capsys, [runs["words"], *named], "shall be a dense one", main=tradeoff.main)
 
 
 def with_metadata(data, texts):
