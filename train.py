@@ -86,7 +86,7 @@ class Settings:
     dropout: BELOW_ONE = None  # probability, hidden and attention; recipe 0.1, as in pretraining
     seed: number(int, "[0, 2147483647]") = 0  # of a new head, data order, dropout, L0, splits
 
-    pattern: str = "weight"  # what is kept as one: weight, unit, head, or n:m as 2:4
+    pattern: str = "weight"  # what is kept as one: weight, unit, head, 8x8, or n:m as 2:4
     score_lr: RATE = None  # peak learning rate of the scores; recipe by method
     hold: BELOW_ONE = None  # fraction of the run at density 1, before the ramp; recipe by method
     ramp: POSITIVE_SHARE = None  # fraction of the run in which density falls; recipe by method

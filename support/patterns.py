@@ -2,6 +2,7 @@
 
 weight    single weights: no pattern
 n:m       of every m neighbours in a row the n largest stay
+bxb       square blocks of b rows and b columns
 unit      a unit of the feed-forward part: its row of every matrix, and its column of the last one
 head      an attention head in the same way, and units as well
 
@@ -26,13 +27,20 @@ def n_of_m(pattern):
     return (int(n), int(m)) if m else (0, 1)
 
 
+def side_of(pattern):
+    """Return b of the pattern "bxb", and 0 of any other."""
+    found = re.fullmatch(r"(\d{1,2})x\1", pattern)
+    return int(found[1]) if found else 0
+
+
 def check_pattern(pattern, density):
     """Return the density of a pattern; UserError if there is no such pattern, or it has another."""
-    if pattern in ("weight", *TIED):
+    if pattern in ("weight", *TIED) or side_of(pattern) > 1:
         return density
     n, m = n_of_m(pattern) if re.fullmatch(r"\d{1,2}:\d{1,2}", pattern) else (0, 0)
     if not 0 < n < m:
-        expected = f"expected weight, {', '.join(TIED)} or n:m with 0 < n < m, as 2:4"
+        names = f"weight, {', '.join(TIED)}, square blocks as 8x8"
+        expected = f"expected {names}, or n:m with 0 < n < m, as 2:4"
         raise UserError(f"--pattern {pattern}: {expected}")
     if density not in (None, n / m):
         raise UserError(f"--density {density}: --pattern {pattern} keeps {n / m:g}")
@@ -54,9 +62,18 @@ def blocks_in(method, letters):
 
 
 def check_density(method):
-    """Raise ValueError if the density keeps no weight of a matrix, or no block of a pattern."""
+    """Raise ValueError if the density keeps no weight of a matrix, or no block of a pattern.
+
+    So it does if a matrix cannot be cut into the square blocks of a pattern.
+    """
     density = method.settings.density
     sizes = {"weights": min(linear.weight.numel() for linear in method.linears)}
+    side = side_of(method.settings.pattern)
+    if side:
+        sizes["blocks"] = sizes["weights"] // side**2
+        for out, wide in sorted({linear.weight.shape for linear in method.linears}):
+            if out % side or wide % side:
+                raise ValueError(f"--pattern {side}x{side}: a matrix is {out} x {wide}")
     for letters in tied_letters(method.model, method.settings.pattern):
         heads = letters == method.model.attention_letters
         sizes["attention heads" if heads else "units"] = blocks_in(method, letters)
@@ -66,7 +83,7 @@ def check_density(method):
 
 
 def keep_pattern(method, density):
-    """Make the masks of a `Masked` method whose pattern is n:m, "unit" or "head"."""
+    """Make the masks of a `Masked` method whose pattern is n:m, bxb, "unit" or "head"."""
     pattern = method.settings.pattern
     n, m = n_of_m(pattern)
     if n:
@@ -76,8 +93,29 @@ def keep_pattern(method, density):
     shares = dict(zip(method.masked, method.shares(density)))  # {letter: densities (L)}
     for letters in tied_letters(method.model, pattern):
         keep_blocks(method, letters, torch.stack([shares.pop(letter) for letter in letters]))
+    side = side_of(pattern)
     for letter, alone in shares.items():
-        method.keep_weights(method.masked[letter], alone)
+        if side:
+            keep_squares(method, method.masked[letter], alone, side)
+        else:
+            method.keep_weights(method.masked[letter], alone)
+
+
+def keep_squares(method, linears, shares, side):
+    """Mask matrices of one shape by square blocks: the blocks of the largest mean score stay.
+
+    `shares` are the densities of the matrices, (L).
+    """
+    scores = [squares(method.rank(linear), side) for linear in linears]
+    means = torch.stack([s.mean((1, 3), dtype=widest(s)) for s in scores])  # see `block_values`
+    masks, _ = top_k_masks(means.flatten(1), shares * means[0].numel())  # (L, blocks)
+    for linear, mask in zip(linears, masks):
+        squares(linear.mask, side).copy_(mask.view_as(means[0])[:, None, :, None])
+
+
+def squares(matrix, side):
+    """Return a view (out / b, b, in / b, b) of a matrix; a square is [i, :, j, :]."""
+    return matrix.unflatten(0, (-1, side)).unflatten(2, (-1, side))
 
 
 def keep_blocks(method, letters, shares):

@@ -392,10 +392,12 @@ def test_pattern_head_compacts_to_whole_heads(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("density", [0.02, 0.1, 0.6])
-def test_sparse_execution_is_exact(density, monkeypatch):
+@pytest.mark.parametrize("side", [1, 8])
+def test_sparse_execution_is_exact(density, side, monkeypatch):
     """Sparse execution gives the dense logits to 1e-5, with padding, however the texts are split.
 
-    A matrix is stored as CSR up to a density of `DENSEST`, and denser ones stay as they are.
+    A matrix is stored as CSR up to a density of `DENSEST`, and denser ones stay as they are. Blocks
+    of 8 x 8 are stored as BSR, up to another density.
     """
     config = BertConfig(
         vocab_size=50,
@@ -407,10 +409,15 @@ def test_sparse_execution_is_exact(density, monkeypatch):
     model = planted(config, [])
     with torch.no_grad():
         for linear in encoder_linears(model)[:-1]:  # the last one stays dense
-            linear.weight.mul_(torch.rand_like(linear.weight) < density)
+            squares = sparse_execution.squares(linear.weight, side)
+            squares.mul_(torch.rand_like(squares[:, :1, :, :1]) < density)
     batch = random_batch([9, 4, 1, 7, 2, 2, 9])
     before = model(**batch)
-    assert sparse(model) == (17 if density < sparse_execution.DENSEST else 0)
+    found = sparse(model)
+    layouts = {linear.weight.layout for linear in encoder_linears(model)}
+    assert (torch.sparse_bsr in layouts) == (side == 8 and density < 0.6)
+    if side == 1:
+        assert found == (17 if density < sparse_execution.DENSEST else 0)
     for tokens in (256, 20, 1):  # computed at a time
         monkeypatch.setattr(sparse_execution, "TOKENS", tokens)
         assert (model(**batch) - before).abs().max() < 1e-5

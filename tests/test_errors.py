@@ -96,7 +96,9 @@ QUERY = "bert.encoder.layer.1.attention.self.query.weight"
         ("--ramp 0", ["--ramp"]),
         ("--hold 0.5 --ramp 0.6", ["--hold 0.5", "--ramp 0.6"]),
         ("--pattern 4:2", ["--pattern 4:2", "0 < n < m"]),
-        ("--pattern rows", ["--pattern rows", "weight, unit, head or n:m"]),
+        ("--pattern rows", ["--pattern rows", "weight, unit, head, square blocks as 8x8"]),
+        ("--pattern 5x5", ["--pattern 5x5", "a matrix is 32 x 32"]),
+        ("--pattern 8x4", ["--pattern 8x4", "square blocks"]),
         ("--pattern 2:4 --density 0.1", ["--density 0.1", "0.5"]),
         ("--pattern 2:5", ["--pattern 2:5", "32"]),  # the model is 32 wide
         ("--pattern head --method pins", ["--pattern head", "pins does not use it"]),

@@ -126,6 +126,28 @@ def test_n_of_m_patterns(name, pattern, density):
 
 
 @pytest.mark.parametrize("name", ["smp-l", "smp-s", "movement", "magnitude"])
+def test_square_blocks(name):
+    """A matrix keeps whole blocks, those of the largest sums, and as many as its density says."""
+    _, method = make(name, pattern="8x8", density=0.3)
+    for fill in (torch.zeros, torch.randn):  # all values tied, then all different
+        set_ranked(method, fill)
+        for step in (5, 20):
+            method.update(step)
+            density = method.density(step)
+            for linears, shares in zip(method.masked.values(), method.shares(density)):
+                for linear, share in zip(linears, shares):
+                    kept, lost = [], []
+                    for rows, scores in zip(linear.mask.split(8), method.rank(linear).split(8)):
+                        for block, its_scores in zip(rows.split(8, 1), scores.split(8, 1)):
+                            assert block.all() or not block.any()
+                            (kept if block.any() else lost).append(its_scores.double().sum())
+                    assert len(kept) == int(share * (len(kept) + len(lost)))
+                    assert min(kept) >= max(lost)
+    with pytest.raises(ValueError, match="9x9: a matrix is"):
+        make(name, pattern="9x9", density=0.3)
+
+
+@pytest.mark.parametrize("name", ["smp-l", "smp-s", "movement", "magnitude"])
 @pytest.mark.parametrize("pattern, density", [("unit", 0.3), ("head", 0.5)])
 def test_block_patterns(name, pattern, density):
     """A unit (and with the pattern "head" an attention head) is kept or dropped as a whole.
@@ -468,7 +490,12 @@ def test_equal_importances_do_not_change_the_number_kept(name, monkeypatch):
 @pytest.mark.parametrize("name", ["smp-l", "smp-s", "movement", "magnitude"])
 @pytest.mark.parametrize(
     "pattern, size, what",
-    [("weight", 32 * 32, "weights"), ("unit", 64, "units"), ("head", 4, "attention heads")],
+    [
+        ("weight", 32 * 32, "weights"),
+        ("8x8", 16, "blocks"),
+        ("unit", 64, "units"),
+        ("head", 4, "attention heads"),
+    ],
 )
 def test_a_density_that_keeps_nothing_is_refused(name, pattern, size, what):
     """At least one weight of a matrix, or one block of a pattern, has to stay.

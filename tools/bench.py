@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so it runs fr
 from support.terminal import Parser, UserError, program  # first: it says "loading torch"
 
 import copy
+import itertools
 import tempfile
 import time
 from functools import partial
@@ -31,12 +32,13 @@ from torch import nn
 
 from data import batches, get_task, kind_of, load_dataset
 from model import Bert, BertConfig
-from models.sparse import sparse
+from models.sparse import SIDE, sparse
 from models.tokenizer import load_tokenizer
 from prune import CRITERIA, METHODS, mask_matrices
 from support.fetch import DEMO
 from support.machine import DEVICES, inputs, pick_device
 from support.matrices import encoder_linears
+from support.patterns import squares
 from support.selection import kth_largest, select_on_device
 from tools import cost, deploy
 from tools.deploy import alternate, clock
@@ -284,24 +286,27 @@ def part_select(args, device):
 
 @torch.no_grad()
 def part_sparse(args, device):
-    """Compare CSR on the CPU with dense matrices, in fp32 and bf16, for random masks.
+    """Compare sparse with dense matrices on the CPU, in fp32 and bf16, for random masks.
 
-    The dense matrices are in ONNX Runtime, too, where it is installed: in fp32 and int8.
+    A mask is of single weights, or of blocks. Where ONNX Runtime is installed, the dense matrices
+    are timed there, too, in fp32 and int8.
     """
     cpu = torch.device("cpu")
-    config = BertConfig(**SHAPES[args.shape])
-    for density in (0.1, 0.03):
-        dense = Bert(config, "classifier", 2, mlm=False).eval().requires_grad_(False)
-        for linear in encoder_linears(dense):
-            linear.weight *= torch.rand_like(linear.weight) < density
-        try:
-            others = deploy.in_onnx_runtime(dense)
-        except UserError as error:
-            others = []
-            print(f"sparse, without ONNX Runtime: {error}")
+    dense = Bert(BertConfig(**SHAPES[args.shape]), "classifier", 2, mlm=False)
+    dense.eval().requires_grad_(False)
+    try:
+        others = deploy.in_onnx_runtime(dense)
+    except UserError as error:
+        others = []
+        print(f"sparse, without ONNX Runtime: {error}")
+    for side, density in itertools.product((1, SIDE), (0.1, 0.03)):
         thin = copy.deepcopy(dense)
-        stored = sparse(thin)
-        print(f"sparse, {args.shape}, density {density}: {stored} matrices as CSR")
+        for linear in encoder_linears(thin):
+            blocks = squares(linear.weight, side)
+            blocks *= torch.rand_like(blocks[:, :1, :, :1]) < density
+        kept = f"blocks of {side} x {side}" if side > 1 else "single weights"
+        title = f"sparse, {args.shape}, {kept} at density {density}"
+        print(f"{title}: {sparse(thin)} matrices are sparse")
         for size in (1, 8, 32):
             for length in (32, 128):
                 batch = inputs(synthetic(length, size), cpu)

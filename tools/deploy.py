@@ -372,7 +372,7 @@ def compare_sparse(args):
     cpu = torch.device("cpu")
     model, task, tokenizer, s = load_run(args.run, args.which)
     matrices = len(encoder_linears(model))
-    print(f"{args.run}: {sparse(model)} of {matrices} matrices as CSR")
+    print(f"{args.run}: {sparse(model)} of {matrices} matrices are sparse")
     dev_sets = load_dev(task, tokenizer, s["max_length"], args.data_dir)
     if args.no_check:
         print(f"  {show(evaluate(model, dev_sets, cpu, 'fp32'))}")
