@@ -70,7 +70,7 @@ def test_a_file_computes_what_the_run_computes(name, runs, files, tiny, capsys):
     for size in ((1, 9), (5, 17)):
         check_logits(model, file, rows(*size))
     assert deploy.main(["evaluate", str(files[name]), "--data-dir", tiny[5]]) == 0
-    metrics = capsys.readouterr().out.split("fp32: ")[1].split()[1::2]
+    metrics = capsys.readouterr().out.split("ONNX Runtime: ")[1].split()[1::2]
     result = json.loads((runs[name] / "result.json").read_text())["metrics"]
     assert metrics == [f"{100 * value:.2f}" for value in result.values()]
 

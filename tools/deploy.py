@@ -287,7 +287,8 @@ def evaluate_compact(args):
     model, task, tokenizer, s = load_for_use(args.folder)
     dev_sets = load_dev(task, tokenizer, s["max_length"], args.data_dir)
     metrics = evaluate(model.to(device), dev_sets, device, s["dtype"])
-    print(f"{args.folder}: {task.name}, {s['dtype']}{manner(dev_sets)}: {show(metrics)}")
+    way = "ONNX Runtime" if Path(args.folder).suffix == ".onnx" else s["dtype"]
+    print(f"{args.folder}: {task.name}, {way}{manner(dev_sets)}: {show(metrics)}")
 
 
 def predict_compact(args):
