@@ -70,12 +70,13 @@ def generated(model):
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_compaction_is_exact(case, uniform):
-    """A compacted decoder gives the logits of the whole one, to 1e-5, and the same tokens."""
+    """A compacted decoder gives the whole one's logits, to 1e-5 of the largest, and its tokens."""
     whole = planted(CASES[case])
     model = copy.deepcopy(whole)
     sizes = compact(model, uniform)
     ids = torch.randint(60, (3, 11), generator=torch.Generator().manual_seed(1))
-    assert (model(ids) - whole(ids)).abs().max() < 1e-5
+    logits = whole(ids)
+    assert (model(ids) - logits).abs().max() < 1e-5 * logits.abs().max()
     greedy, without_cache, *_ = expected = list(generated(whole))
     assert greedy == without_cache and len(set(map(tuple, greedy))) > 1
     assert list(generated(model)) == expected
