@@ -70,13 +70,16 @@ def generated(model):
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_compaction_is_exact(case, uniform):
-    """A compacted decoder gives the whole one's logits, to 1e-5 of the largest, and its tokens."""
+    """A compacted decoder gives the logits of the whole one, and the same tokens.
+
+    The logits are compared in float64, to 1e-6. In float32 large key biases move them by 1e-5.
+    """
     whole = planted(CASES[case])
     model = copy.deepcopy(whole)
     sizes = compact(model, uniform)
     ids = torch.randint(60, (3, 11), generator=torch.Generator().manual_seed(1))
-    logits = whole(ids)
-    assert (model(ids) - logits).abs().max() < 1e-5 * logits.abs().max()
+    logits, expected = [copy.deepcopy(each).double()(ids) for each in (model, whole)]
+    assert (logits - expected).abs().max() < 1e-6
     greedy, without_cache, *_ = expected = list(generated(whole))
     assert greedy == without_cache and len(set(map(tuple, greedy))) > 1
     assert list(generated(model)) == expected

@@ -141,7 +141,7 @@ def test_tradeoff(runs, files, tiny, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert tradeoff.main([str(tmp_path / "dense"), str(runs["words"]), *named]) == 0
     table = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
-    ways = ["PyTorch", "ONNX Runtime", "ONNX Runtime, int8", "ONNX Runtime, int8", "CSR"]
+    ways = ["PyTorch", "ONNX Runtime", "ONNX Runtime, int8", "ONNX Runtime, int8", "sparse"]
     assert [row[3] for row in table] == ways
     assert [row[5] == "1.00" for row in table] == [True, False, False, False, False]
     metrics = [float(row[4].split()[1]) / 100 for row in table]

@@ -3,7 +3,7 @@
     python -m tools.deploy export RUN DIR          a folder that `transformers` loads by itself
     python -m tools.deploy compact RUN DIR         the same function with fewer weights
     python -m tools.deploy onnx RUN FILE.onnx      a file for ONNX Runtime, in fp32 or --int8
-    python -m tools.deploy sparse RUN              its metrics and speed with CSR matrices on a CPU
+    python -m tools.deploy sparse RUN              its metrics and speed in sparse matrices
     python -m tools.deploy save-mask RUN FILE      an SMP run as one small file, a mask
 
 Existing files are overwritten only with --force. Use what compact and save-mask have written:
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data import Task, kind_of, load_dev, with_settings
+from data import Task, load_dev, with_settings
 from eval import evaluate, manner, write_predictions
 from kinds import KINDS
 from models.checkpoint import config_values, from_config_values, holds
@@ -335,8 +335,6 @@ def export_onnx(args):
     is_compact = Path(args.run, "compact.json").is_file()
     load = load_for_use if is_compact else partial(load_run, which=args.which)
     model, task, tokenizer, s = load(args.run)
-    if kind_of(task).own_head:
-        raise UserError(f"onnx: not offered for {task.kind}; export writes its model")
     if not is_compact:
         compact(model)
     data = onnx_files.to_onnx(model)
@@ -524,7 +522,7 @@ def parse(argv):
     add("--int8", action="store_true", help="quantise the matrices")
     add("--data-dir", metavar="DIR", default="data", help="folder of the data; default data")
     without_check(add)
-    add = add_command("sparse", compare_sparse, "compare the run's model in CSR with itself")
+    add = add_command("sparse", compare_sparse, "compare the model with itself in sparse matrices")
     of_run(add)
     add("--data-dir", metavar="DIR", default="data", help="folder of the data; default data")
     without_check(add)

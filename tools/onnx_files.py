@@ -29,7 +29,7 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # The version of ONNX's operators. From 23 on attention is one of them, and ONNX Runtime 1.32 fails
 # on ours: its mask is (B, 1, 1, T), and the quantised operator is invalid.
 OPSET = 20
-ABOUT = {"task": str, "task_file": dict, "labels": list, "label_words": list, "outputs": int}
+ABOUT = {"task": str, "task_file": dict, "labels": list, "label_words": list}
 ABOUT |= {"max_length": int, "settings": dict}
 
 
@@ -62,8 +62,13 @@ def quiet():
 
 
 def to_onnx(model):
-    """Return the bytes of a model in float32 as an ONNX file, for any batch and length."""
-    onnx, _ = packages()
+    """Return the bytes of a model in float32 as an ONNX file, for any batch and length.
+
+    Raises UserError for a decoder.
+    """
+    packages()
+    if model.output_head == "vocabulary":
+        raise UserError("onnx: not offered for a decoder; export writes its model")
     most = model.config.positions
     sizes = {0: torch.export.Dim("batch", max=2**16), 1: torch.export.Dim("length", max=most)}
     # Each input is a tensor of its own. The exporter would take one tensor for one input.
@@ -80,9 +85,9 @@ def in_int8(data):
     """Return the bytes of an ONNX file with matrices in int8, each row with a scale of its own.
 
     ONNX Runtime quantises the other factor of each product when it computes it. The matrices use 7
-    of the 8 bits, because on a CPU without VNNI the sums of two products overflow otherwise: with
-    BERT-tiny the logits were then off by 0.16 to 0.18 in the mean, and by 0.03 to 0.05 so. Unsigned
-    matrices are as exact with 8 bits, but 1.15 times as slow there.
+    of the 8 bits. With 8 the sum of two products overflows on a CPU without VNNI. The logits of two
+    BERT-tiny were then off by 0.16 and 0.18 in the mean, and with 7 bits by 0.03 and 0.05. Unsigned
+    matrices of 8 bits are exact there, too, but slower: 1.15 times with MiniLM, 8 x 64 tokens.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -104,8 +109,8 @@ def save_onnx(path, data, model, task, tokenizer, settings, task_file):
     tokenizer.enable_truncation(settings["max_length"])
     tokenizer.enable_padding(pad_id=model.config.pad_token_id)
     about = {"task": task.name, "task_file": task_file, "labels": list(task.labels)}
-    about |= {"label_words": list(task.words), "outputs": model.outputs}
-    about |= {"max_length": settings["max_length"], "settings": task.settings}
+    about |= {"label_words": list(task.words), "max_length": settings["max_length"]}
+    about |= {"settings": task.settings}
     texts = {"nanoprune": json.dumps(about), "tokenizer": tokenizer.to_str()}
     file = onnx.load_from_string(data)
     onnx.helper.set_model_props(file, texts)
@@ -132,6 +137,7 @@ class OnnxModel(nn.Module):
         except Exception as error:  # the library raises many kinds of them
             reason = str(error).splitlines()[0][:200]
             raise UserError(f"{path}: not a whole ONNX file ({reason}); write it again") from None
+        self.outputs = self.session.get_outputs()[0].shape[-1]
 
     def forward(self, **tensors):
         values = {name: tensor.long().cpu().numpy() for name, tensor in tensors.items()}
@@ -155,7 +161,6 @@ def load_onnx(path):
     check_values(path, about, ABOUT)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    model.outputs = about["outputs"]
     own = about["task_file"]
     task = Task(**task_fields(own, Path(path))) if own else get_task(about["task"])
     task = with_settings(task, about["settings"], path)

@@ -3,9 +3,9 @@
     python -m tools.tradeoff RUN... --data-dir GLUE --picture speed.png
 
 The dense run of a task is measured in PyTorch and in ONNX Runtime, in fp32 and int8. Any other run
-is compacted and measured in ONNX Runtime in int8 and, where it has few weights, as CSR. All models
-of a task are timed in turn, in one process. Speed is that of 8 examples of the task's own lengths,
-over that of the dense model in PyTorch.
+is compacted and measured in ONNX Runtime in int8 and, where few weights are left, with sparse
+matrices. All models of a task are timed in turn, in one process. Speed is that of 8 examples of the
+task's own lengths, over that of the dense model in PyTorch.
 """
 
 import sys
@@ -27,7 +27,7 @@ from models.compaction import compact
 from models.runs import density_of, load_run
 from models.sparse import sparse
 from support.machine import inputs
-from support.terminal import figure
+from support.terminal import as_shown, figure
 from tools import onnx_files
 from tools.deploy import alternate
 from tools.pictures import new_figure, save_figure
@@ -35,6 +35,7 @@ from tools.pictures import new_figure, save_figure
 CPU = torch.device("cpu")
 EXAMPLES = 8  # in a batch
 BATCHES = 4  # in a round
+INT8 = "ONNX Runtime, int8"  # the name of this way
 
 
 @dataclass
@@ -59,11 +60,10 @@ def ways_of(run, model, method):
         compact(model)
     data = onnx_files.to_onnx(model)
     fp32, int8 = [onnx_files.OnnxModel(each) for each in (data, onnx_files.in_int8(data))]
-    fp32.outputs = int8.outputs = own.outputs
     found = {"PyTorch": own, "ONNX Runtime": fp32} if method == "dense" else {}
-    found["ONNX Runtime, int8"] = int8
+    found[INT8] = int8
     if sparse(thin):
-        found["CSR"] = thin
+        found["sparse"] = thin
     return [Way(Path(run).name, name, way, density) for name, way in found.items()]
 
 
@@ -88,26 +88,23 @@ def measure(ways, dev, repeat):
         way.speed = float(speed)
 
 
-def draw(path, tasks):
+def draw(picture, tasks):
     """Draw speed against the metric: a panel a task, a colour a way, and the name of each run."""
-    picture, path = new_figure(Path(path), "--picture", size=(6.5 * len(tasks), 4.5))
     panels = picture.subplots(1, len(tasks), squeeze=False)[0]
     names = sorted({way.name for ways in tasks.values() for way in ways})
     for panel, ((task, metric), ways) in zip(panels, tasks.items()):
         for name in names:
             here = [way for way in ways if way.name == name]
             speeds = [way.speed for way in here]
-            values = [100 * way.metric for way in here]
+            values = [as_shown(metric, way.metric) for way in here]
             panel.scatter(speeds, values, color=f"C{names.index(name)}", label=name)
         for way in ways:
-            place = (way.speed, 100 * way.metric)
+            place = (way.speed, as_shown(metric, way.metric))
             panel.annotate(way.run, place, (4, 3), textcoords="offset points", fontsize=7)
         xlabel = f"times as fast as dense PyTorch in fp32, {EXAMPLES} examples"
-        panel.set(title=task, xlabel=xlabel, ylabel=f"{metric} on dev, percent")
+        panel.set(title=task, xlabel=xlabel, ylabel=f"{metric} on dev")
         panel.margins(x=0.15)
-        panel.legend(fontsize="small", loc="lower left")
-    save_figure(picture, path)
-    print(path)
+        panel.legend(fontsize="small", loc="best")
 
 
 def parse(argv):
@@ -137,16 +134,21 @@ def main(argv=None):
             devs[key] = next(iter(dev_sets.values()))
             tasks[key] = []
         tasks[key] += ways_of(run, model, s["method"])
+    if args.picture:
+        size = (6.5 * len(tasks), 4.5)
+        picture, path = new_figure(Path(args.picture), "--picture", size)
     print("| task | run | density | way | dev | times as fast as dense PyTorch | as dense int8 |")
     print("|---|---|---|---|---|---|---|")
     for (task, metric), ways in tasks.items():
         measure(ways, devs[task, metric], args.repeat)
-        int8 = ways[2].speed
+        int8 = next(way.speed for way in ways if way.name == INT8)
         for way in ways:
             shown = f"{figure(metric, way.metric)} | {way.speed:.2f} | {way.speed / int8:.2f}"
             print(f"| {task} | {way.run} | {way.density:.3f} | {way.name} | {metric} {shown} |")
     if args.picture:
-        draw(args.picture, tasks)
+        draw(picture, tasks)
+        save_figure(picture, path)
+        print(path)
 
 
 if __name__ == "__main__":
