@@ -143,7 +143,7 @@ def test_tradeoff(runs, files, tiny, tmp_path, capsys, monkeypatch):
     table = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     ways = ["PyTorch", "ONNX Runtime", "ONNX Runtime, int8", "ONNX Runtime, int8", "sparse"]
     assert [row[3] for row in table] == ways
-    assert [row[5] == "1.00" for row in table] == [True, False, False, False, False]
+    assert table[0][5] == "1.00"  # it is what the others are compared with
     metrics = [float(row[4].split()[1]) / 100 for row in table]
     for row, folder in ((0, tmp_path / "dense"), (4, runs["words"])):
         found = list(json.loads((folder / "result.json").read_text())["metrics"].values())[0]
