@@ -323,8 +323,10 @@ class SMPShared(SMPLocal):
         wide = widest(self.linears[0].weight)
         p = self.settings.temperature_s
         scores = [as_one([linear.scores for linear in stack]) for stack in self.stacks]
-        self.sigmoids = [torch.sigmoid(s) for s in scores]
-        r = self.sigmoids if p == 1 else [torch.sigmoid(s / p) for s in scores]
+        sigmoids = [torch.sigmoid(s) for s in scores]
+        if self.linears[0].weight.dtype == torch.float32:  # with bf16 memory matters more
+            self.sigmoids = sigmoids
+        r = sigmoids if p == 1 else [torch.sigmoid(s / p) for s in scores]
         r = torch.cat([s.mean((1, 2), dtype=wide) for s in r])
         r = r.view(len(self.masked), -1)  # (6 * L) -> (6, L)
         return share_out(r, density, self.settings.redistribute)

@@ -452,18 +452,13 @@ def speed(before, after, batch, device, repeat=7, others=()):
     Return the ratios (2,) of the first two to the last. `others`: [(name, model)], timed, too.
     """
 
-    def in_fp32():
-        before(**batch)
-
     def in_bf16():
         with autocast(device, "bf16"):
             before(**batch)
 
-    def this():
-        after(**batch)
-
-    more = [partial(model, **batch) for _, model in others]
-    seconds = alternate([in_fp32, in_bf16, this, *more], device, repeat)  # (repeat, 3 + others)
+    calls = [partial(before, **batch), in_bf16, partial(after, **batch)]
+    calls += [partial(model, **batch) for _, model in others]
+    seconds = alternate(calls, device, repeat)  # (repeat, 3 + others)
     ratios = np.median(seconds / seconds[:, 2:3], axis=0)
     fp32, bf16, ours, *_ = 1e3 * np.median(seconds, axis=0)  # milliseconds
     examples, length = batch["input_ids"].shape
