@@ -14,7 +14,7 @@ from models.checkpoint import save_model
 from models.tokenizer import load_tokenizer, save_tokenizer, unknown_id
 from prune import METHODS
 from support.fetch import find_model, locate
-from support.files import read_json, sha256_of, write_json
+from support.files import read_json, read_optional, sha256_of, write_json
 from support.machine import peak_memory, surroundings
 from support.matrices import encoder_linears
 from support.tensors import read_safetensors, save_tensors
@@ -132,10 +132,11 @@ def write_scores(run, folder):
 def read_run_config(run):
     """Return what config.json of a run folder holds; UserError where the folder is no run."""
     path = Path(run) / "config.json"
-    config = read_json(path)
+    config = read_optional(path)
     settings = config.get("settings")
     if not isinstance(settings, dict) or "method" not in settings:
-        raise UserError(f"{path}: not the settings of a run of train.py")
+        others = "`python -m tools.deploy evaluate` reads compact folders and ONNX files"
+        raise UserError(f"{path}: not the settings of a run; give the folder of a run; {others}")
     return config
 
 

@@ -97,7 +97,8 @@ def read_json(path):
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable JSON object ({error})") from None
+        reason = getattr(error, "strerror", None) or error  # without the path, which stands there
+        raise UserError(f"{path}: not a readable JSON object ({reason})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a readable JSON object")
     return value
