@@ -623,6 +623,14 @@ def test_a_wrong_config_of_a_run(run, tiny, changes, reason, capsys):
     refused(capsys, [run, "--data-dir", tiny[5]], run, reason, main=evaluation.main)
 
 
+def test_what_is_no_run_folder(tmp_path, capsys):
+    """A folder without config.json, and a file, are refused with what to give instead."""
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"")
+    for place in (tmp_path, path):
+        refused(capsys, [place], place, "give the folder of a run", main=evaluation.main)
+
+
 def test_a_file_of_brackets(tmp_path, capsys):
     """JSON that is nested too deeply is refused like any other unreadable JSON."""
     path = tmp_path / "task.json"

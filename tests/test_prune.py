@@ -297,6 +297,24 @@ def test_a_share_of_one_is_exactly_one():
     assert shares.max() < 1  # a share that should be less than 1 stays so
 
 
+def test_frozen_matrices_in_bf16_keep_no_sigmoids():
+    """SMP-S keeps the sigmoids of its scores in float32 alone; R and its gradient are the same."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = Bert(BertConfig(vocab_size=9, hidden_size=24, num_hidden_layers=2), "words")
+        method = METHODS["smp-s"](model, SimpleNamespace(**SETTINGS), total_steps=20)
+        torch.manual_seed(0)
+        for linear in method.linears:
+            linear.weight.data = linear.weight.to(dtype)
+            nn.init.normal_(linear.scores)
+            linear.scores.grad = torch.zeros_like(linear.scores)
+        method.update(15)
+        assert len(method.sigmoids) == (len(method.stacks) if dtype == torch.float32 else 0)
+        found.append((method.penalise(15), [linear.scores.grad for linear in method.linears]))
+    assert found[0][0] == found[1][0] > 0
+    assert all(map(torch.equal, found[0][1], found[1][1]))
+
+
 def test_threads_do_not_move_a_share():
     """SMP-S gives each matrix the same share whether torch uses one thread or two.
 
