@@ -78,6 +78,8 @@ def report(run, loaded, which, device, data_dir, split=None, more=False):
     """
     model, task, tokenizer, s = loaded
     dev_sets = load_dev(task, tokenizer, s["max_length"], data_dir, split)
+    if not dev_sets:
+        raise UserError(f"{task.name}: no split has labels; give --predictions FILE")
     metrics = evaluate(model.to(device), dev_sets, device, s["dtype"], more)
     step = "last step" if which == "model" else "best checkpoint"
     on = f"{task.name} {split}" if split else task.name
@@ -213,7 +215,7 @@ def parse(argv):
     add("--best", action="store_true", help="the best checkpoint on dev, not the last step")
     add("--predictions", metavar="FILE", help="write a split's predictions")
     add("--score", metavar="FILE", help="metrics of predictions on --task; no RUN is needed")
-    add("--split", help="dev, dev_mm, test or test_mm; default: dev, with --predictions test")
+    add("--split", help="dev, dev_mm, test or test_mm; default: dev, or test with --predictions")
     add("--metrics", choices=["all"], help="texts: METEOR, ROUGE-L and CIDEr, too; needs Java")
     add("--task", help="task of --score; or another task of the same labels: ax for a run on mnli")
     add("--task-file", metavar="JSON", help="the same, if the task is your own or has moved")

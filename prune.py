@@ -171,6 +171,7 @@ class Dense:
         self.total_steps = total_steps
         self.start = settings.hold * total_steps  # the density falls from this step
         self.end = self.start + settings.ramp * total_steps  # to this one
+        self.power = getattr(settings, "ramp_power", 3)  # older runs do not say it
         self.freeze()
 
     def freeze(self):
@@ -206,8 +207,7 @@ class Dense:
 
     def density(self, step):
         """Return the density asked for at `step`."""
-        power = getattr(self.settings, "ramp_power", 3)  # older runs do not say it
-        return cubic_at(step, self.first, self.settings.density, self.start, self.end, power)
+        return cubic_at(step, self.first, self.settings.density, self.start, self.end, self.power)
 
     def settled(self, step):
         """Is the density after `step` steps the final one? The best is chosen among such steps."""
@@ -374,7 +374,7 @@ class SoftMovement(Movement):
 
     def tau(self, step):
         first = 0.0 if self.first == 1 else self.threshold
-        return cubic_at(step, first, self.threshold, self.start, self.end)
+        return cubic_at(step, first, self.threshold, self.start, self.end, self.power)
 
     def settled(self, step):
         target = self.settings.density

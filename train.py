@@ -52,6 +52,7 @@ from support.terminal import as_flag, live, number, parse_settings, show_setting
 PINS_SCORES = ("absolute", "signed")
 REGRESSIONS = ("interpolate", "logit")
 FROZEN_DTYPES = ("fp32", "bf16")
+DEMO_COMMAND = "python train.py"
 
 
 @dataclass
@@ -64,10 +65,10 @@ class Settings:
 
     model: str = "demo"  # demo, a folder in Hugging Face's layout, or a Hugging Face id
     task: str = "demo"  # demo, a task of GLUE, squad, conll2003, e2e, webnlg or dart
-    task_file: str = None  # your own task: a JSON file, see README
+    task_file: str = None  # your own task: a JSON file, see docs/methods.md
     method: tuple(METHODS) = "smp-s"  # how to prune; fixed needs --from
-    density: POSITIVE_SHARE = None  # fraction kept; recipe 0.1, pins 0.2 (span 0.1), l0, soft none
-    from_run: str = None  # a finished run to start from, on the same model
+    density: POSITIVE_SHARE = None  # fraction kept; recipe 0.1, pins 0.2; l0, soft-movement: none
+    from_run: str = None  # a finished run, or a fine-tuned model's folder, to start from
     out: str = None  # run folder; default runs/TASK-METHOD-DENSITY-sSEED
     resume: bool = False  # continue the run in --out bit-exactly from its last checkpoint
 
@@ -79,7 +80,7 @@ class Settings:
     batch_size: COUNT = None  # examples per step, over all devices; recipe by method and task
     max_tokens: COUNT_OR_OFF = 0  # tokens per step with padding, in place of batch-size; 0: off
     grad_accum: COUNT = 1  # micro-batches of a batch: less memory, same result up to dropout
-    lr: RATE = None  # peak learning rate of the weights; recipe 3e-5 (Devlin et al. A.3), or 5e-5
+    lr: RATE = None  # peak learning rate of the weights (smp trains none); recipe 1e-5 to 1e-4
     warmup: number(float, "[0, 1]") = None  # fraction of the run in which lr rises; by method
     weight_decay: RATE = None  # AdamW's, on matrices only; recipe dense 0.01 (Devlin), else 0
     clip: POSITIVE = 1.0  # largest gradient norm (SMP code; Devlin et al. code)
@@ -98,14 +99,14 @@ class Settings:
     pins_window: COUNT = 10  # PINS: steps averaged, and between rankings in the ramp (PINS code)
     beta1: BELOW_ONE = None  # PINS: decay of the average of I; recipe 0.85, sensitivity 0
     beta2: BELOW_ONE = None  # PINS: the same of the uncertainty; recipe 0.99, span 0.95
-    regression: REGRESSIONS = "interpolate"  # p(yes) against "no", or the logit of "yes" (SMP)
+    regression: REGRESSIONS = "interpolate"  # a value from p(yes) and p(no), or "yes" alone (SMP)
     teacher: str = None  # none, RUN (dense), self (own best) or self:RUN; recipe pins self
-    teacher_split: number(float, "[0, 0.5]") = 0.0  # of train, to choose self; 0: on dev
+    teacher_split: number(float, "[0, 0.5]") = 0.0  # of train held out, to choose self; 0: on dev
 
     label_smoothing: BELOW_ONE = None  # texts: the weight of a uniform target in the loss; recipe
-    beams: COUNT = None  # texts: beams in the last evaluation; recipe 5 or 10; before, 1
+    beams: COUNT = None  # texts: beams in the last evaluation, 1 in earlier ones; recipe 5 or 10
     length_penalty: number(float, "[-10, 10]") = None  # texts: power of the length; recipe
-    no_repeat_ngram: COUNT_OR_OFF = None  # texts: so many tokens never come twice; 0: off; recipe
+    no_repeat_ngram: COUNT_OR_OFF = None  # texts: no N tokens in a row come twice; 0: off; recipe
     max_new_tokens: COUNT = None  # texts: tokens, at most; recipe 128
     eval_sources: COUNT = 500  # texts: sources, at most, in an evaluation before the last one
 
@@ -269,6 +270,8 @@ class Run:
     def begin(self, s):
         """Go on from the run's checkpoint or, without one, from its first step."""
         self.progress = Progress()
+        if self.origin:
+            begin_from(self, self.origin)  # a checkpoint has only what is trained
         self.teacher = Teacher(s.teacher)
         path = self.out / "checkpoint.safetensors"
         saved = path.read_bytes() if s.resume and self.rank == 0 and path.exists() else b""
@@ -295,9 +298,7 @@ class Run:
         self.started = time.perf_counter() - self.progress.seconds
 
     def begin_anew(self):
-        """Take over what the run to start from and the first teacher know; write config.json."""
-        if self.origin:
-            begin_from(self, self.origin)
+        """Take over what the first teacher knows; write config.json."""
         if self.teacher.dense_run:
             self.teacher.load_run(self)
         if self.rank == 0:
@@ -527,6 +528,8 @@ def choose(given):
         out = Path(given.get("out") or settings_from(given).out)
         if (out / "config.json").exists():
             return Settings(**resumed(given, out, Settings)), out / "config.json"
+        if given.keys() == {"out", "resume"}:
+            raise UserError(f"--resume: {out} is no run; give the settings of a new one, too")
     s = settings_from(given)
     return s, f"the recipe: {recipe_of(s)['source']}"
 
@@ -537,9 +540,6 @@ def start(given, command, dry_run):
     show_settings(s, given, source)
     if not dry_run:
         return train(s, command)
-
-
-DEMO_COMMAND = "python train.py"
 
 
 def demo(dry_run):

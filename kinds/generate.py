@@ -147,8 +147,9 @@ class Generate(Classify):
         s = self.task.settings
         rank, world = rank_and_world()
         sizes = dataset.second  # of the prompts; a row of a training set goes on
-        room = model.config.positions + 1 - int(sizes.max())
-        most_new = min(s["max_new_tokens"], room)  # the same in every batch
+        most_new = min(s["max_new_tokens"], model.config.positions + 1 - int(sizes.max()))
+        if most_new < s["max_new_tokens"]:  # in every batch
+            warn(f"at most {most_new} new tokens: the longest source leaves no more positions")
         tokens_at_once = MAX_TOKENS[device.type] // s["beams"]
         parts = replace(dataset, lengths=sizes + most_new).by_tokens(tokens_at_once)[rank::world]
         decoding = (s["beams"], s["length_penalty"], s["no_repeat_ngram"], most_new)
@@ -170,8 +171,9 @@ class Generate(Classify):
         return self.tokenizer_used.encode("").ids[-1]
 
     def write(self, tokens):
-        """Return tokens as a text of one line."""
-        return " ".join(self.tokenizer_used.decode(tokens.tolist()).split())
+        """Return tokens as a text of one line, without the end, whether it is special or not."""
+        tokens = tokens[tokens != self.end].tolist()
+        return " ".join(self.tokenizer_used.decode(tokens).split())
 
     def quick(self, dataset):
         settings = self.task.settings | {"beams": 1}
@@ -242,7 +244,6 @@ class Generate(Classify):
 
 # ---------- files ---------------------------------------------------------------------------------
 
-
 # The attributes of E2E as the published recipes of GPT-2 name them.
 SLOTS = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
 SLOT = r"\s*([^\[\],\s][^\[\],]*)\[([^\]]*)\]\s*"
@@ -272,7 +273,7 @@ def read_webnlg(path, text, labelled):
     """Return [(source, text)] of an XML file of the WebNLG challenge of 2017.
 
     Only texts that are marked good count, as in the published recipes. A few entries have none. If
-    not `labelled`, an entry is there once, and needs no text.
+    not `labelled`, an entry is there once, and needs no text. Later releases have a text in <text>.
     """
     try:
         entries = list(ElementTree.fromstring(text).iter("entry"))
@@ -283,10 +284,13 @@ def read_webnlg(path, text, labelled):
     for number, entry in enumerate(entries, 1):
         rows = [(row.text or "").split("|") for row in entry.iterfind("modifiedtripleset/mtriple")]
         source = triples(rows, f"{path}: entry number {number}")
-        found = [lex.text or "" for lex in entry.iter("lex") if lex.get("comment") == "good"]
+        good = [lex for lex in entry.iter("lex") if lex.get("comment") == "good"]
+        found = [(lex.findtext("text") or lex.text or "").strip() for lex in good]
+        if labelled and "" in found:
+            raise UserError(f"{path}: entry number {number} has a good text that is empty")
         if not labelled:
             found = [""] if found or entry.find("lex") is None else []
-        pairs += [(source, text.strip()) for text in found]
+        pairs += [(source, text) for text in found]
     return pairs
 
 
@@ -322,10 +326,7 @@ def encode_texts(texts, tokenizer, max_length):
     end = tokenizer.encode("").ids[-1]
     plain = copy_of(tokenizer)
     plain.encode_special_tokens = True  # as text
-    ids = []
-    labels = []
-    second = []
-    cut = []
+    ids, labels, second, cut = [], [], [], []
     with live("tokenise", len(texts)) as bar:
         for start in range(0, len(texts), 4096):  # in chunks: an Encoding takes much memory
             chunk = texts[start : start + 4096]

@@ -93,7 +93,7 @@ def ban_repeats(scores, tokens, n):
         return
     grams = tokens.unfold(1, n, 1)  # (R, T - n + 1, n)
     last = tokens[:, tokens.size(1) - n + 1 :]  # (R, n - 1)
-    again = (grams[..., :-1] == last[:, None]).all(-1)  # (R, T - n + 1)
+    again = (grams[..., :-1] == last[:, None]).all(-1) & (grams[..., -1] >= 0)  # (R, T - n + 1)
     row, place = again.nonzero(as_tuple=True)
     scores[row, grams[row, place, -1]] = -torch.inf
 

@@ -46,6 +46,7 @@ SUPPORTED = {
     "hidden_act": (*EXACT, *BY_TANH),
     "position_embedding_type": ("absolute",),
     "is_decoder": (False,),
+    "quantization_config": (None,),
 }
 
 
@@ -56,10 +57,10 @@ def read_config(folder):
     """
     path = Path(folder) / "config.json"
     raw = read_json(path)
-    Model = ARCHITECTURES.get(raw.get("model_type", "bert"), Bert)  # another one is refused
     try:
+        Model = ARCHITECTURES.get(raw.get("model_type", "bert"), Bert)  # another one is refused
         return Model, config_of(Model, raw)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
 
 
@@ -81,7 +82,7 @@ def config_of(Model, raw):
         if field.type in (str, object):  # one of SUPPORTED, or checked by its class
             values[field.name] = value
             continue
-        most = 1 if field.name.endswith(DROPOUTS) else 10**9
+        most = 1 if field.name.endswith(DROPOUTS) else 10**12
         if type(value) not in (int, field.type) or not 0 <= value <= most:
             expected = f"expected {field.type.__name__} from 0 to {most:,}"
             raise ValueError(f"{field.name} is {value!r}; {expected}")

@@ -110,9 +110,8 @@ class LanguageModel(Causal):
 def drop_tied_head(tensors, embedding):
     """Remove the LM head from {name: tensor}, to whose matrix `embedding` it is tied.
 
-    Raises ValueError where the two differ.
+    A file may have one of the two alone. Raises ValueError where they differ.
     """
     head = tensors.pop("lm_head.weight", None)
-    tied = tensors.get(embedding)
-    if head is not None and not (tied is not None and torch.equal(head, tied)):
+    if head is not None and not torch.equal(head, tensors.setdefault(embedding, head)):
         raise ValueError("lm_head.weight differs from the word embeddings, to which it is tied")

@@ -26,6 +26,7 @@ MATRICES = {
     "U": "mlp.c_fc",
     "D": "mlp.c_proj",
 }
+PARTS = ("wte.", "wpe.", "h.", "ln_f.")  # how the names of what is inside begin
 JOINED = ("query", "key", "value")  # the parts of c_attn, in order
 TRANSPOSED = ("attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -45,8 +46,8 @@ class GPT2Config:
     attn_pdrop: float = 0.1
     resid_pdrop: float = 0.1
     activation_function: str = "gelu_new"
-    bos_token_id: int = 50256
-    eos_token_id: int = 50256
+    bos_token_id: object = 50256  # nothing computes with these: they are written as they were read
+    eos_token_id: object = 50256
 
     framed = False  # no special tokens stand around a text
     type_vocab_size = 1  # there are no token types
@@ -58,10 +59,22 @@ class GPT2Config:
         "reorder_and_upcast_attn": (False,),
         "add_cross_attention": (False,),
         "tie_word_embeddings": (True,),
+        "is_causal": (True,),
+    }
+    # The names that `transformers` takes for the same.
+    other_names = {
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
     }
 
     def __post_init__(self):
         self.n_inner = self.n_inner or 4 * self.n_embd
+
+    @classmethod
+    def in_one_form(cls, raw):
+        return {cls.other_names.get(key, key): value for key, value in raw.items()}
 
     # the names that BERT's config has for the same
 
@@ -212,8 +225,11 @@ class GPT2(LanguageModel):
         The prefix `transformer.` may be missing. Raises ValueError for an LM head of its own.
         """
         ours = {}
-        for name, tensor in tensors.items():
-            name = name.removeprefix("transformer.")
+        for full_name, tensor in tensors.items():
+            name = full_name.removeprefix("transformer.")
+            if not name.startswith(PARTS):
+                ours[full_name] = tensor  # of a head
+                continue
             if name.endswith((".attn.bias", ".attn.masked_bias")):
                 continue  # the causal mask, which old versions saved
             if ".attn.c_attn." in name:
@@ -222,7 +238,7 @@ class GPT2(LanguageModel):
                 continue
             if name.endswith(TRANSPOSED):
                 tensor = turn(tensor)
-            ours[name if name == "lm_head.weight" else f"transformer.{name}"] = tensor
+            ours[f"transformer.{name}"] = tensor
         drop_tied_head(ours, "transformer.wte.weight")
         return ours
 

@@ -46,7 +46,7 @@ class LlamaConfig:
         "tie_word_embeddings": (False, True),
         "partial_rotary_factor": (1.0, None),
         "original_max_position_embeddings": (None,),  # it belongs into rope_scaling
-        "quantization_config": (None,),
+        "is_causal": (True,),
     }
 
     def __post_init__(self):

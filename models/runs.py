@@ -12,7 +12,7 @@ from data import Task, get_task, kind_of, read_split, with_settings
 from models.checkpoint import DROPOUTS, baked_state, load_model, model_sha256, read_config
 from models.checkpoint import save_model
 from models.tokenizer import load_tokenizer, save_tokenizer, unknown_id
-from prune import METHODS
+from prune import METHODS, masked_linears
 from support.fetch import find_model, locate
 from support.files import read_json, read_optional, sha256_of, write_json
 from support.machine import peak_memory, surroundings
@@ -221,8 +221,8 @@ class Origin:
 
     model: torch.nn.Module
     task: Task
-    density: float  # of its encoder
-    checkpoint: Path | None  # with scores, and weights under no mask; None: the model is all
+    density: float  # at which the ramp starts
+    checkpoint: Path | None  # of a run: what it has trained, before the mask; None: a folder
 
 
 def read_origin(run):
@@ -237,7 +237,8 @@ def read_origin(run):
         check_vocabulary(place, tokenizer, run)
         if sizes_in(model.config) != sizes_in(read_config(run.source)[1]):
             raise UserError(f"{place}: its model has other sizes than {s.model}")
-        return Origin(model, run.task, density_of(model), None)
+        has_scores = getattr(METHODS[s.method], "initial", None) is not None  # at first all equal
+        return Origin(model, run.task, 1.0 if has_scores else density_of(model), None)
     model, task, _, theirs = load_run(s.from_run)
     if theirs["model_sha256"] != model_sha256(run.source):
         raise UserError(f"{place}: began with another model than {s.model}")
@@ -262,6 +263,8 @@ def begin_from(run, origin):
     """Give a run what its origin has learned, but not its output head for other labels."""
     tensors = origin.model.state_dict()
     if run.method.masks and origin.checkpoint:
+        for name in masked_linears(run.model):
+            del tensors[f"{name}.weight"]  # with its zeros; SMP's weights are those of the base
         tensors |= read_safetensors(origin.checkpoint)[0]
     # a kind with an output head of its own trains none for a task
     same = run.kind.own_head or name_of(origin.task) == name_of(run.task)

@@ -45,6 +45,7 @@ def load_tokenizer(folder, vocab_size, framed=True):
         special = special_tokens(config, names)
         added = added_tokens(folder, config, tokenizer)
         if model:
+            add_tokens(tokenizer, added, [])  # special tokens may be among them
             tokenizer = rebuild(tokenizer, names, model, special, config, path)
         add_tokens(tokenizer, added, [*special.values(), *extra_tokens(config)])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -124,7 +125,7 @@ def added_tokens(folder, config, tokenizer):
         found = config["added_tokens_decoder"].items()
         return {int(i): AddedToken(**token) for i, token in sorted(found, key=lambda x: int(x[0]))}
     names = {token.content for token in special_tokens(config, {}).values()}
-    names |= set(config.get("extra_special_tokens", []))
+    names |= {token.content for token in extra_tokens(config)}
     found = {}
     for text, number in read_optional(folder / "added_tokens.json").items():
         found[number] = AddedToken(text, special=text in names, normalized=text not in names)

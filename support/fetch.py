@@ -9,10 +9,11 @@ import urllib.request
 import xml.etree.ElementTree as ElementTree
 import zipfile
 import zlib
+from functools import cache
 from pathlib import Path
 
 from support.files import atomic_write, cache_home, read_json, writable
-from support.terminal import ROOT, UserError, live, tell
+from support.terminal import ROOT, UserError, live, tell, warn
 
 DEMO = ROOT / "demo"
 
@@ -33,12 +34,17 @@ def locate(task, split, data_dir):
     spare = cache_home() / task.sources[0][1][:16] if task.sources else data_dir
     folders = (data_dir, data_dir / task.folder, spare)
     names = [name, *dict(task.other_names).get(split, ())]
-    if not task.sources:
-        names.append(Path(name).name)  # where your own file has moved
+    bare = Path(name).name
+    alike = [other for other in task.files.values() if Path(other).name == bare]
+    if not task.sources and len(set(alike)) == 1:
+        names.append(bare)  # where your own file has moved
     for file in names:
         for folder in folders:
-            if (folder / file).is_file():
-                return folder / file
+            path = folder / file
+            if path.is_file():
+                if file == bare != name and not task.sources:
+                    warn_of_another(name, path)
+                return path
     if not task.sources:
         advice = "if it has moved, give --data-dir FOLDER"
         raise UserError(f"{name}: no such file (the {split} split of task {task.name}); {advice}")
@@ -61,6 +67,12 @@ def locate(task, split, data_dir):
     else:
         unpack(sources[0], home, task.files.values())
     return home / name
+
+
+@cache
+def warn_of_another(name, path):
+    """Say once that a file has been found in another place."""
+    warn(f"{name}: no such file; {path} is taken in its place")
 
 
 def fetch(source, folders, home):
@@ -178,8 +190,9 @@ def write_new(path, content):
 
 CONVERT = (
     "pickled .bin checkpoints are refused, because unpickling runs code; convert once, where "
-    'transformers is installed: python -c "from transformers import AutoModelForMaskedLM as M; '
-    "M.from_pretrained('{name}').save_pretrained('converted')\""
+    "transformers is installed: python -c \"import transformers as t; m = '{name}'; "
+    "Model = getattr(t, t.AutoConfig.from_pretrained(m).architectures[0]); "
+    "[T.from_pretrained(m).save_pretrained('converted') for T in (Model, t.AutoTokenizer)]\""
 )
 
 
@@ -215,7 +228,7 @@ def from_hub(name, wanted=FILES):
     """Return the folder of a Hugging Face id in the hub's cache; download what is not there."""
     import huggingface_hub as hub  # it is slow to import, and only needed here
 
-    options = {"allow_patterns": wanted, "ignore_patterns": "*/*"}
+    options = {"allow_patterns": wanted, "ignore_patterns": ["*/*", "consolidated*"]}
     try:
         # without this question, snapshot_download would wait without end for a dead server
         hub.model_info(name, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT)

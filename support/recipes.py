@@ -2,7 +2,8 @@
 
 A method of prune.py names its recipe. In a recipe,
 - "by_kind" has what differs on a kind of task, "by_task" on a task, "on_roberta" on that model,
-- "up_to_density" has what differs up to a density; the first entry that fits counts,
+- "up_to_density" has what differs up to a density; the first entry that fits counts, and it
+  counts more than what is above,
 - "at_half" has what differs at density 0.5 without a teacher,
 - "source" says where the values are from.
 
@@ -68,7 +69,7 @@ SMP = {
             "at_half": {"temperature_s": 4.0, "ramp": 0.181},
         },
         "tag": {"epochs": 20, "source": "our choice; SMP has no tagging"},
-        "generate": TEN_BEAMS | {"epochs": 5, "batch_size": 8, "ramp": 0.6,
+        "generate": TEN_BEAMS | {"epochs": 5, "batch_size": 8, "ramp": 0.6, "up_to_density": (),
                                  "source": "our choice; SMP has no texts"},
     },
     "by_task": {

@@ -11,7 +11,7 @@ from test_errors import refused
 
 import prune
 from models.causal import ban_repeats
-from models.checkpoint import config_values, load_model, save_model
+from models.checkpoint import config_values, load_model, read_config, save_model
 from models.gpt2 import GPT2, GPT2Config
 from models.tokenizer import load_tokenizer, save_tokenizer
 from support.terminal import UserError
@@ -62,10 +62,24 @@ def test_layout(tmp_path, capsys):
     old["h.0.attn.masked_bias"] = torch.tensor(-1e4)
     old["lm_head.weight"] = old["wte.weight"].clone()
     save_file(old, tmp_path / "b" / "model.safetensors")
-    for folder in ("a", "b"):
+    shutil.copytree(tmp_path / "a", tmp_path / "c")
+    del old["wte.weight"]  # one of two tied tensors, and the head of another class
+    save_file(old | {"score.weight": torch.ones(2, 32)}, tmp_path / "c" / "model.safetensors")
+    for folder in ("a", "b", "c"):
         again = load_model(tmp_path / folder, "vocabulary", form="vocabulary").eval()
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, again.state_dict()[name]), (folder, name)
+    assert f'{tmp_path / "c"}: not used: "score.weight"' in capsys.readouterr().out
+
+
+def test_names_of_other_models(tmp_path):
+    """config.json may have the names that most models have; end tokens may be several."""
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "gpt2", "hidden_size": 24, "num_hidden_layers": 3, "eos_token_id": [1, 2],'
+        '"num_attention_heads": 6, "max_position_embeddings": 64}'
+    )
+    expected = GPT2Config(n_embd=24, n_layer=3, n_head=6, n_positions=64, eos_token_id=[1, 2])
+    assert read_config(tmp_path)[1] == expected
 
 
 @pytest.mark.parametrize(
@@ -84,6 +98,9 @@ def test_layout(tmp_path, capsys):
         ({}, {"n_head": 5}, "is not a multiple of 5 attention heads"),
         ({}, {"n_layer": 0}, "are > 0"),
         ({}, {"attn_pdrop": 2}, "attn_pdrop is 2"),
+        ({}, {"is_causal": False}, "is_causal is False"),
+        ({}, {"quantization_config": {"bits": 8}}, "quantization_config is {'bits': 8}"),
+        ({}, {"model_type": ["gpt2"]}, "config.json: unhashable type"),
     ],
 )
 def test_what_is_refused(tensors, changes, message, tmp_path):
@@ -251,8 +268,9 @@ def test_greedy_takes_the_most_probable_token():
 def test_bans():
     """A token that would repeat n tokens is banned; padding, -1, repeats nothing."""
     tokens = torch.tensor([[1, 2, 3, 1, 2], [-1, -1, 4, 6, 4], [5, 5, 5, 5, 5]])
-    for n, banned in ((3, [{3}, set(), {5}]), (2, [{3}, {6}, {5}]), (0, [set()] * 3)):
-        scores = torch.zeros(3, 7)
+    cases = [(3, [{3}, set(), {5}]), (2, [{3}, {6}, {5}]), (1, [{1, 2, 3}, {4, 6}, {5}])]
+    for n, banned in (*cases, (0, [set()] * 3)):
+        scores = torch.zeros(3, 8)
         ban_repeats(scores, tokens, n)
         assert [set(row.isinf().nonzero()[:, 0].tolist()) for row in scores] == banned
 

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 import eval as evaluation
 import train
+from data import get_task
 from kinds.classify import Classify
 from support.terminal import UserError
 
@@ -279,6 +280,7 @@ def test_out_holds_another_run(case, capsys):
     before = contents(out)
     refused(capsys, flags, "out", "--resume")
     refused(capsys, [*flags, "--resume", "--seed", "5"], "--seed 5", "started with 0")
+    refused(capsys, ["--out", folder / "typo", "--resume"], folder / "typo", "is no run")
     assert contents(out) == before
 
 
@@ -328,3 +330,6 @@ def test_eval_refuses(case, capsys):
     refused(capsys, [*argv, "--task", "ax"], "ax", "pairs", main=evaluation.main)
     refused(capsys, [folder / "out", "--device", "tpu"], "tpu", main=evaluation.main)
     assert not (folder / "p.tsv").exists()
+    loaded = (None, get_task("ax"), None, {"max_length": 8})  # a task without a dev set
+    with pytest.raises(UserError, match="ax: no split has labels; give --predictions"):
+        evaluation.report("RUN", loaded, "model", None, folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_errors import refused
 from test_train import flags_of, interrupted_at, result_of, rows, run, same
 
@@ -49,6 +49,12 @@ def test_prune_further(method, tiny, halves, tmp_path):
     after = zeros(out)
     if method == "pins":  # what was 0 stays 0
         assert all(after[name][where].all() for name, where in before.items())
+    if method == "smp-s":  # the weights are those of the base, also where they were 0 before
+        base = load_file(f"{tiny[1]}/model.safetensors")
+        saved = load_file(out / "model" / "model.safetensors")
+        assert all(torch.equal(saved[name], base[name] * ~where) for name, where in after.items())
+    counts = [sum(int(f(where)) for where in after.values()) for f in (torch.sum, torch.numel)]
+    assert 1 - counts[0] / counts[1] == pytest.approx(result["achieved_density"], abs=1e-9)
     kept = sum(int((~where & ~after[name]).sum()) for name, where in before.items())
     total = sum(int((~where).sum()) for where in after.values())
     assert kept / total > 0.8  # most of what stays was there before
@@ -106,18 +112,36 @@ def test_an_origin_may_move(tiny, halves, tmp_path, capsys):
     refused(capsys, alone, "was started with None")
 
 
-def test_pruning_further_resumes(tiny, halves, tmp_path):
-    """A run that prunes further, interrupted after it has zeroed more, ends as an unbroken one."""
-    options = {"method": "pins", "density": 0.3, "pins_window": 2, "hold": 0, "lr": 1e-3}
-    options |= {"ramp": 0.8, "eval_every": 5, "dropout": 0} | STEPS
-    flags = [*tiny, "--from", str(halves / "pins")]
+@pytest.mark.parametrize("origin", [*METHODS, "pins/model", "movement/model"])
+def test_pruning_further_resumes(origin, tiny, halves, tmp_path):
+    """A run that prunes further, interrupted after it has zeroed more, ends as an unbroken one.
+
+    So does one that begins with a folder, which may hold other frozen weights than the base.
+    """
+    method = origin.removesuffix("/model")
+    shutil.copytree(halves / origin, tmp_path / "origin")
+    if origin == "movement/model":
+        path = tmp_path / "origin" / "model.safetensors"
+        save_file({name: t * 1.01 for name, t in load_file(path).items()}, path)
+    options = {"method": method, "density": 0.3, "hold": 0, "lr": 1e-3, "teacher": "none"}
+    options |= {"ramp": 0.8, "eval_every": 5, "dropout": 0} | METHODS[method] | STEPS
+    flags = [*tiny, "--from", str(tmp_path / "origin")]
     run(flags, tmp_path / "whole", **options)
     again = tmp_path / "again"
+    Method = prune.METHODS[method]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prune.Pins, "update", interrupted_at(7, prune.Pins.update))
+        patch.setattr(Method, "update", interrupted_at(7, Method.update))
         assert train.main([*flags, *flags_of(**options), "--out", str(again)]) != 0
     assert train.main(["--out", str(again), "--resume"]) == 0
     same(tmp_path / "whole", again)
+
+
+@pytest.mark.parametrize("method, first", [("movement", 1), ("magnitude", 0.5)])
+def test_a_folder_with_zeros(method, first, tiny, halves, tmp_path):
+    """Scores that begin anew do not know what is 0. Magnitude sees it, and goes on from there."""
+    flags = [*tiny, "--from", str(halves / "pins" / "model")]
+    run(flags, tmp_path / "run", method=method, density=0.3, hold=0, max_steps=2)
+    assert rows(tmp_path / "run")[0]["density"] == pytest.approx(first, abs=0.005)
 
 
 def test_the_head_comes_along(tiny, kinds, halves, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from test_errors import refused
 from test_train import flags_of, interrupted_at, result_of, rows, run, same
+from tokenizers import AddedToken
 
 import data
 import eval as evaluation
@@ -22,7 +23,7 @@ from models import runs
 from models.checkpoint import load_model
 from models.runs import load_run
 from models.teacher import Teacher, frozen_copy
-from models.tokenizer import load_tokenizer
+from models.tokenizer import load_tokenizer, set_end
 from support.recipes import COMMON_OF_KIND
 from tools import deploy, report
 
@@ -336,6 +337,26 @@ def test_input(finished, tmp_path, capsys):
     assert "Bibi" in first.split("\t")[0] and first.endswith("\tname : Bibi | food : soup")
     assert "Zizzi" in second.split("\t")[0]
     assert evaluation.main([str(finished / "dense"), "--input", str(tmp_path / "no")]) == 2
+
+
+def test_the_end_is_not_written(finished, texts):
+    """Also where the tokenizer does not call it special."""
+    kind = dataset_of(texts, "dev").kind
+    kind.tokenizer_used.add_tokens([AddedToken("<stop>", special=False)])
+    set_end(kind.tokenizer_used, "<stop>", "here")
+    ids = kind.tokenizer_used.encode("Bibi has fish.").ids
+    assert ids[-1] == kind.end and kind.write(torch.tensor(ids)) == "Bibi has fish."
+
+
+def test_a_long_source_shortens_all_texts(texts, capsys):
+    """The model has as many positions; a line says how many new tokens are left."""
+    model = model_of(texts)
+    dataset = dataset_of(texts, "dev", max_new_tokens=model.config.positions)
+    dataset.kind.predict(model, dataset, torch.device("cpu"), torch.float32)
+    longest = dataset.second.max()
+    positions = model.config.positions
+    left = f"at most {positions + 1 - longest} new tokens: the longest source leaves no more"
+    assert left in capsys.readouterr().err
 
 
 def test_reports(finished, texts, tmp_path, capsys):

@@ -70,13 +70,14 @@ def write(path, arrays, kind="F32", keys=KEYS, architecture="llama", **tokenizer
     for key, value in keys.items():
         add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
         add(f"{architecture}.{key}", value)
+    merges = tokenizer.pop("merges", ["a a", "aa b"])
     about = {"model": "gpt2", "pre": "smollm"} | tokenizer
     for key, value in about.items():
         add = writer.add_string if isinstance(value, str) else writer.add_bool
         add(f"tokenizer.ggml.{key}", value)
     writer.add_token_list(TOKENS)
     writer.add_token_types(TYPES)
-    writer.add_token_merges(["a a", "aa b"])
+    writer.add_token_merges(merges)
     writer.add_uint32("tokenizer.ggml.eos_token_id", 1)
     writer.add_uint32("tokenizer.ggml.bos_token_id", 0)
     kind = getattr(gguf.GGMLQuantizationType, kind)
@@ -210,6 +211,12 @@ def test_what_we_do_not_have_is_refused(capsys, tmp_path):
     refuse(capsys, tmp_path, "context_length", keys=less)
     refuse(capsys, tmp_path, "llama-bpe", "smollm", pre="llama-bpe")
     refuse(capsys, tmp_path, "add_space_prefix", add_space_prefix=True)
+
+
+def test_a_wrong_tensor_or_merge_is_refused(capsys, tmp_path):
+    rows = {**theirs(small()), "blk.0.attn_q.weight": np.ones((30, 32))}
+    refuse(capsys, tmp_path, "m.gguf: a key or a tensor is missing or wrong", arrays=rows)
+    refuse(capsys, tmp_path, "Token `zz` out of vocabulary", merges=["z z"])
 
 
 def test_a_damaged_file_is_refused(capsys, tmp_path):

@@ -213,6 +213,8 @@ def test_a_folder_is_read_as_it_was_written(name, tmp_path, capsys):
         ("llama", {}, {"num_attention_heads": 0, "head_dim": None}, "are > 0"),
         ("llama", {}, {"attention_dropout": 2}, "attention_dropout is 2; expected float from 0"),
         ("llama", {}, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ("llama", {}, {"is_causal": False}, "is_causal is False; expected True"),
+        ("llama", {}, {"layer_types": 3}, "config.json: 'int' object is not iterable"),
         ("llama", {}, {"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
         ("llama", {}, {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type is 'linear'"),
         ("llama", {}, {"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'; exp"),
@@ -262,8 +264,9 @@ def test_forms_of_the_rotary_keys(form, tmp_path):
     _, config = read_config(tmp_path)
     assert config == LlamaConfig(**SIZES | LLAMA3 | {"eos_token_id": [1, 2]})
     assert config.head_dim == 8
-    path.write_text(json.dumps({"model_type": "llama", **SIZES}))
-    assert read_config(tmp_path)[1] == LlamaConfig(**SIZES)
+    for more in ({}, {"rope_theta": 45e9}):  # that of a model for very long texts
+        path.write_text(json.dumps({"model_type": "llama", **SIZES, **more}))
+        assert read_config(tmp_path)[1] == LlamaConfig(**SIZES, **more)
 
 
 # ---------- tokenizers ----------------------------------------------------------------------------

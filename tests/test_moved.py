@@ -14,7 +14,10 @@ from test_train import interrupted_at, result_of, rows, run, same
 import eval as evaluation
 import prune
 import train
+from data import get_task
 from models.runs import load_run, read_run_config
+from support.fetch import locate
+from support.terminal import UserError
 from tools import deploy, report
 
 ROOT = Path(train.__file__).parent
@@ -128,6 +131,20 @@ def test_a_run_folder_is_enough(place, tiny, tmp_path, capsys):
     assert f"accuracy {accuracy}" in capsys.readouterr().out
     argv = [str(out), "--density", "0.5", "--data-dir", moved]
     assert report.main([*argv, "--model", f"{moved}/model"]) == 0
+
+
+def test_files_that_have_moved(place, tmp_path, capsys):
+    """One that is found elsewhere is named; a name that two splits share finds neither."""
+    task = get_task(None, str(place / "task.json"))
+    (place / "train.tsv").rename(tmp_path / "train.tsv")
+    for _ in range(2):
+        assert locate(task, "train", tmp_path) == tmp_path / "train.tsv"
+    found = f"train.tsv: no such file; {tmp_path / 'train.tsv'} is taken in its place\n"
+    assert capsys.readouterr().err.count(found) == 1
+    task.files["dev"] = str(place / "dev" / "train.tsv")
+    for split in ("train", "dev"):
+        with pytest.raises(UserError, match="train.tsv: no such file"):
+            locate(task, split, tmp_path)
 
 
 def test_a_tag_run_knows_its_tags(kinds, tiny, tmp_path):

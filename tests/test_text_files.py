@@ -194,6 +194,14 @@ def test_triples():
         assert read(content, path, "dev") == ([source, "A : p : b"], [["A.", "B & é."], ["D."]])
 
 
+def test_texts_of_later_releases():
+    """They stand in an element of their own, beside others."""
+    file = webnlg(entry("A | p | b", good="x"))
+    for space in ("", "\n  "):
+        inner = f"{space}<sortedtripleset/>{space}<text> Hi. </text>"
+        assert read(file.replace(">x<", f">{inner}<"), "F.xml")[0] == [("A : p : b", "Hi.")]
+
+
 def test_entries_without_a_good_text():
     """They are left out of every split alike, so that predictions and scores have equal rows."""
     file = webnlg(entry("a | b | c", other="x"), entry("d | e | f", good="yz", other="x"))
@@ -228,6 +236,7 @@ def test_entries_without_texts():
         (webnlg(entry("a | b | c | d")), "is no triple; expected a subject, a property and an ob"),
         (webnlg(entry("a | b | c", "")), 'FILE.xml: entry number 1: "[""]" is no triple'),
         (b"<b>\n\xff</b>", "FILE.xml:2: byte 0xff is not UTF-8"),
+        (webnlg(entry("a | b | c", good=" ")), "FILE.xml: entry number 1 has a good text that is"),
     ],
 )
 def test_mistakes_in_webnlg(file, message):

@@ -55,6 +55,11 @@ def test_added_tokens(tmp_path):
     assert load_tokenizer(tmp_path, 200).to_str() == tokenizer.to_str()
     with pytest.raises(UserError, match=f"ids up to {len(VOCAB) + 1}, but the embedding has"):
         load_tokenizer(path, len(VOCAB))
+    objects = {"additional_special_tokens": [{"content": "[E1]", "lstrip": True}, "[/E1]"]}
+    old = folder_of(tmp_path / "c", added_tokens=added, tokenizer_config=objects)
+    assert tokens(old, "[E1]cat[/E1]") == expected
+    without = folder_of(tmp_path / "d", VOCAB[1:], added_tokens={VOCAB[0]: len(VOCAB) - 1})
+    assert tokens(without, "cat") == tokens(path, "cat")  # one of the class's own tokens is added
     moved = folder_of(tmp_path / "b", added_tokens={"[E1]": len(VOCAB) + 5})
     with pytest.raises(UserError, match=r'added token "\[E1\]" is \d+, not'):
         load_tokenizer(moved, 200)

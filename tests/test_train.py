@@ -26,6 +26,7 @@ from models.runs import load_run
 from models.teacher import distill
 from models.tokenizer import load_tokenizer, word_ids
 from support.machine import inputs, pick_dtype
+from support.recipes import recipe
 from support.schedules import lr_at
 from support.terminal import show
 from tools import pictures, report
@@ -589,6 +590,8 @@ def test_flags_and_methods_change_the_recipe():
     """A dense run keeps every weight. A flag goes before the recipe."""
     assert settings_of(task="cola", method="dense").density == 1
     assert settings_of(task="cola", score_lr=0.5).score_lr == 0.5
+    for density in (0.1, 0.7):  # texts have a ramp of their own, at every density
+        assert recipe("smp", "generate", "e2e", "gpt2", density, False)["ramp"] == 0.6
 
 
 def test_the_recipe_of_movement_pruning_is_the_published_one():

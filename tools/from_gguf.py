@@ -198,10 +198,10 @@ def convert(path, folder):
     try:
         model, tensors = model_from(values, tensors)
         tokenizer, about = tokenizer_from(values)
-    except (KeyError, IndexError, TypeError) as error:
-        raise UserError(f"{path}: a key is missing or wrong: {error}") from None
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # tokenizers raises bare ones
+        raise UserError(f"{path}: a key or a tensor is missing or wrong: {error}") from None
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     check_tensors(path, Llama, tensors, shapes, ())
     save_model(folder, model, tensors, ())
