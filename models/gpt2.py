@@ -31,6 +31,11 @@ JOINED = ("query", "key", "value")  # the parts of c_attn, in order
 TRANSPOSED = ("attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
+def another_name(name):
+    """Return a property that reads and sets the attribute `name`."""
+    return property(lambda self: getattr(self, name), lambda self, x: setattr(self, name, x))
+
+
 @dataclass
 class GPT2Config:
     """The keys of Hugging Face's config.json that shape the network, with the values of `gpt2`."""
@@ -77,30 +82,11 @@ class GPT2Config:
         return {cls.other_names.get(key, key): value for key, value in raw.items()}
 
     # the names that BERT's config has for the same
-
-    @property
-    def hidden_size(self):
-        return self.n_embd
-
-    @property
-    def intermediate_size(self):
-        return self.n_inner
-
-    @intermediate_size.setter
-    def intermediate_size(self, units):
-        self.n_inner = units
-
-    @property
-    def num_hidden_layers(self):
-        return self.n_layer
-
-    @property
-    def num_attention_heads(self):
-        return self.n_head
-
-    @property
-    def positions(self):
-        return self.n_positions
+    hidden_size = another_name("n_embd")
+    intermediate_size = another_name("n_inner")
+    num_hidden_layers = another_name("n_layer")
+    num_attention_heads = another_name("n_head")
+    positions = another_name("n_positions")
 
 
 # ---------- the decoder ---------------------------------------------------------------------------

@@ -248,7 +248,8 @@ def parse_settings(Settings, description, argv):
             options = {"action": argparse.BooleanOptionalAction}
         elif isinstance(f.type, tuple):
             options = {"choices": f.type}
-        text = f"{help_of[f.name]} (default: {f.default})".replace("%", "%%")
+        default = "" if f.default is None else f" (default: {f.default})"
+        text = f"{help_of[f.name]}{default}".replace("%", "%%")
         options |= {"dest": f.name, "default": argparse.SUPPRESS, "help": text}
         parser.add_argument(as_flag(f.name), **options)
     text = "print the settings and stop"
