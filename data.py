@@ -1,4 +1,4 @@
-"""GLUE, SQuAD, CoNLL-2003 or a task of your own, as token ids in flat numpy arrays.
+"""The files of a task, such as those of GLUE, as token ids in flat numpy arrays.
 
 - `TASKS` has one row for each task. A row holds everything that this program knows about the task.
 - A task is of a kind: a class in kinds/ that reads its files. Most of GLUE is `Classify`.
@@ -38,7 +38,7 @@ class Task:
 
     name: str
     folder: str  # the official name, used for the folder and for the file sent to the leaderboard
-    labels: tuple  # the class names in the order of Hugging Face's checkpoints; () for a score
+    labels: tuple  # the class names in the order of Hugging Face's checkpoints; () without classes
     kind: str = "classify"  # one of KINDS: how its files are read, and what is decided
     spelling: tuple = ("0", "1")  # the classes as the files and the leaderboard write them
     words: tuple = ("no", "yes")  # the word of each class; for regression, of `low` and of `high`
@@ -279,7 +279,7 @@ class Dataset:
     def by_tokens(self, max_tokens):
         """Return batches of up to so many tokens, as index arrays, the longest rows first.
 
-        So there is little padding, and memory runs out at once or never.
+        So there is little padding, and if memory is too small, the first batch shows it.
         """
         order = np.argsort(-self.lengths, kind="stable")
         return np.split(order, np.cumsum(token_sizes(self.lengths, max_tokens))[:-1])
@@ -288,9 +288,10 @@ class Dataset:
         """Return rows as tensors, padded to the longest of them and to a multiple of 8.
 
         input_ids and token_type_ids are (B, T) int64, and attention_mask is (B, T) bool. If there
-        are labels, labels is (B, ...), or (B, T) where tokens have labels. reads, (n,), then says
-        which of all B * T have one. rows, (B,) or where every position is read (B, T), says in
-        which row of a table over the whole split the logits stand; -1 for padding.
+        are labels, labels is (B, ...), or (B, T) where tokens have labels. Then reads, (n,), has
+        the places of these, counted through all B * T tokens. rows is (B,), or (B, T) where every
+        position is read: the rows of a table over the whole split where the logits stand; -1 for
+        padding.
         """
         starts = self.starts[indices]  # (B,)
         lengths = self.lengths[indices]  # (B,)
