@@ -38,6 +38,9 @@ def compact_feed_forward(up, down, hidden_act):
     values = gelu(up.bias.double()[constant], hidden_act)
     bias = down.bias.double() + weight[:, constant] @ values  # (C, n) x (n,) -> (C,)
     keep = ~constant & ~unread
+    if not keep.any():  # one unit that computes 0: ONNX Runtime quantises no matrix without rows
+        keep[0] = True
+        weight = torch.zeros_like(weight)
     return linear_of(up.weight[keep], up.bias[keep]), linear_of(weight[:, keep], bias)
 
 

@@ -263,15 +263,25 @@ def begin_from(run, origin):
     """Give a run what its origin has learned, but not its output head for other labels."""
     tensors = origin.model.state_dict()
     if run.method.masks and origin.checkpoint:
-        for name in masked_linears(run.model):
-            del tensors[f"{name}.weight"]  # with its zeros; SMP's weights are those of the base
-        tensors |= read_safetensors(origin.checkpoint)[0]
+        tensors = before_masks(origin.model, origin.checkpoint, run.model)
     # a kind with an output head of its own trains none for a task
     same = run.kind.own_head or name_of(origin.task) == name_of(run.task)
     with torch.no_grad():
         for name, p in run.model.named_parameters():
             if name in tensors and (same or not name.startswith(run.model.head_name)):
                 p.copy_(tensors[name])
+
+
+def before_masks(baked, checkpoint, masked):
+    """Return {name: tensor} of what a run has trained, before its masks, and of what was frozen.
+
+    `baked` is its model with the masks applied, and `masked` one with masks. The weights that SMP
+    never trains are not among the tensors: they are those of the base.
+    """
+    tensors = baked.state_dict()
+    for name in masked_linears(masked):
+        del tensors[f"{name}.weight"]
+    return tensors | read_safetensors(checkpoint)[0]
 
 
 def is_run(folder):

@@ -197,6 +197,17 @@ def test_intervals_of_one_seed_per_cell():
     assert report.interval([np.array([1.0])]) == (1.0, None)
 
 
+def test_runs_of_two_models_share_no_line(tmp_path, capsys):
+    """Also where their seeds differ. Of two runs that differ in nothing one is to be chosen."""
+    runs = run("a", 60) | run("b", 90, seed=1, model="n")
+    write_record(tmp_path / "r", {}, runs)
+    rows = compared(capsys, tmp_path / "r", "--pivot").splitlines()[2:]
+    assert rows == ["| stsb | smp-s --model m | 60.0 |", "| stsb | smp-s --model n | 90.0 |"]
+    write_record(tmp_path / "r", {}, run("a", 60, teacher="x") | run("b", 90, teacher="y"))
+    assert report.main([str(tmp_path / "r"), "--pivot"]) == 2
+    assert "two runs of smp-s + teacher on stsb have density" in capsys.readouterr().err
+
+
 def test_two_runs_for_one_place_are_refused(record, capsys):
     """Which of them is compared would else depend on their order."""
     assert report.main([str(record), "--first", "[ab]-*", "--second", "dense-*"]) == 2

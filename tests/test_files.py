@@ -242,12 +242,18 @@ def test_what_is_there_is_not_written_over(name, tiny, run, tmp_path, capsys):
     for own in (run, run / "model", run / "best" / "new", run / "model" / "model.safetensors"):
         argv[2] = own
         refused(capsys, [*argv, "--force"], own, "belongs to the run", main=deploy.main)
-    argv[2] = another
-    refused(capsys, [*argv, "--force"], another, "is a run", main=deploy.main)
+    for own in (another, another / "model", another / "new"):
+        argv[2] = own
+        refused(capsys, [*argv, "--force"], own, "is a run, or lies in one", main=deploy.main)
     assert contents(tmp_path) == before
     argv[2] = target
     assert deploy.main([*[str(word) for word in argv], "--force"]) == 0
     assert contents(tmp_path) != before
+    if name != "save-mask":
+        argv[0] = {"export": "compact", "compact": "export"}[name]
+        before = contents(tmp_path)
+        refused(capsys, [*argv[:3], "--force"], target, "of another layout", main=deploy.main)
+        assert contents(tmp_path) == before
 
 
 def test_predictions_replace_predictions_only(tiny, made, tmp_path, capsys):
@@ -676,8 +682,9 @@ def test_a_report_leaves_out_what_is_no_run(made, tmp_path, capsys):
     cells = [line.split(" | ") for line in out.splitlines()[2:]]
     assert [(row[1], row[4]) for row in cells] == [("dense", "1"), ("smp-s", "2")]
     left_out = err.splitlines()
-    assert len(left_out) == len(spoil) + 1
-    assert all(line.startswith("left out: ") for line in left_out)
+    assert len(left_out) == len(spoil) + 2
+    assert all(line.startswith("left out: ") for line in left_out[:-1])
+    assert "2 runs share a row, but have 1 seeds" in left_out[-1]
 
 
 def test_a_torn_line_of_a_log(run, capsys):

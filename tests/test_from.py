@@ -12,6 +12,7 @@ from test_train import flags_of, interrupted_at, result_of, rows, run, same
 
 import prune
 import train
+from models.runs import load_run
 from tools import report
 
 METHODS = {"smp-s": {}, "movement": {}, "pins": {"pins_window": 2}}  # and their own options
@@ -134,6 +135,13 @@ def test_pruning_further_resumes(origin, tiny, halves, tmp_path):
         assert train.main([*flags, *flags_of(**options), "--out", str(again)]) != 0
     assert train.main(["--out", str(again), "--resume"]) == 0
     same(tmp_path / "whole", again)
+    if prune.METHODS[method].top_k:  # at other densities, too, it has what was frozen
+        with torch.no_grad():
+            model = report.with_method(tmp_path / "whole", torch.device("cpu"))[0]
+        baked = load_run(tmp_path / "whole")[0].state_dict()
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+        whole = [name for name in frozen if name not in zeros(tmp_path / "whole")]
+        assert all(torch.equal(model.state_dict()[name], baked[name]) for name in whole)
 
 
 @pytest.mark.parametrize("method, first", [("movement", 1), ("magnitude", 0.5)])

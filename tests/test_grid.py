@@ -15,7 +15,7 @@ import torch
 
 from support.machine import pick_dtype
 from support.terminal import parse_settings
-from tools import grid
+from tools import grid, report
 from tools.record import read_record, write_record
 from train import Settings
 
@@ -204,6 +204,16 @@ def test_what_is_finished_is_skipped(made, capsys):
         assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_a_record_beside_its_runs(made, capsys):
+    """A run that is named as a folder and in a record is one run."""
+    _, out, _ = made
+    found = []
+    for named in ([out / "grid.jsonl"], sorted(out.iterdir())):
+        assert report.main([str(path) for path in named]) == 0
+        found.append(capsys.readouterr().out)
+    assert found[0] == found[1]
+
+
 def test_a_recorded_run_is_finished_where_its_folder_is_gone(tmp_path, monkeypatch, capsys):
     """A record holds no absolute path, but the line of the grid may: it stands for the same run.
 
@@ -237,6 +247,9 @@ def test_a_recorded_run_is_finished_where_its_folder_is_gone(tmp_path, monkeypat
     assert grid.main([str(tmp_path / "grid"), "--out", str(out), "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "4 runs, 4 of them finished; planned for the others: 0.00 core-hours" in shown
+    (tmp_path / "grid").write_text(lines[1])
+    assert grid.main([str(tmp_path / "grid"), "--out", str(out)]) == 0
+    assert read_record(out / "grid.jsonl") == known  # with fewer lines nothing is lost
     other = lines[2].replace("/elsewhere/run", "/elsewhere/another")
     (tmp_path / "grid").write_text(other)
     assert grid.main([str(tmp_path / "grid"), "--out", str(out), "--dry-run"]) == 2

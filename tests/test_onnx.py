@@ -149,6 +149,10 @@ def test_tradeoff(runs, files, tiny, tmp_path, capsys, monkeypatch):
         found = list(json.loads((folder / "result.json").read_text())["metrics"].values())[0]
         assert abs(metrics[row] - found) < 1e-4
     refused(capsys, [runs["words"], *named], "shall be a dense one", main=tradeoff.main)
+    short = tmp_path / "short"
+    assert train.main([*tiny, *flags[:-1], str(short), "--max-length", "8"]) == 0
+    argv = [tmp_path / "dense", short, *named]
+    refused(capsys, argv, "short: other tokens or --max-length", main=tradeoff.main)
 
 
 def with_metadata(data, texts):

@@ -40,6 +40,7 @@ from support.machine import DEVICES, inputs, pick_device
 from support.matrices import encoder_linears
 from support.patterns import squares
 from support.selection import kth_largest, select_on_device
+from support.terminal import COUNT, POSITIVE
 from tools import cost, deploy
 from tools.deploy import alternate, clock
 from train import settings_from
@@ -462,10 +463,10 @@ def parse(argv):
     text = "step takes each, the other parts the last one; default fp32 bf16"
     both = ["fp32", "bf16"]
     add("--dtypes", nargs="+", metavar="DTYPE", default=both, choices=tuple(DTYPES), help=text)
-    add("--tflops", type=float, default=600, help="of the GPU of cost, in bf16; default 600")
+    add("--tflops", type=POSITIVE, default=600, help="of the GPU of cost, in bf16; default 600")
     add("--bandwidth", type=float, default=2.8, help="of its memory, in TB/s; default 2.8")
     add("--launch", type=float, default=2.5, help="its shortest kernel, in us; default 2.5")
-    add("--repeat", type=int, default=7, help="alternating runs per ratio; default 7")
+    add("--repeat", type=COUNT, default=7, help="alternating runs per ratio; default 7")
     add("--device", default="auto", choices=DEVICES)
     return parser.parse_args(argv)
 

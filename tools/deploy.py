@@ -50,17 +50,20 @@ from tools.masks import evaluate_masks, save_mask
 # ---------- where to write ------------------------------------------------------------------------
 
 
-def make_room(args):
+def make_room(args, other="compact.json"):
     """Raise UserError where writing `args.target` would destroy something.
 
     That is a file, or a folder that is not empty. --force permits both, but nothing permits to
-    write into a run.
+    write into a run, or into a folder with the file `other`, which is in another layout.
     """
     target = Path(args.target)
     if target.resolve().is_relative_to(Path(args.run).resolve()):
         raise UserError(f"{target}: belongs to the run; name another place")
-    if (target / "metrics.jsonl").exists():
-        raise UserError(f"{target}: is a run; name another place")
+    places = [target, *target.resolve().parents]
+    if any((place / "metrics.jsonl").exists() for place in places):
+        raise UserError(f"{target}: is a run, or lies in one; name another place")
+    if (target / other).exists():
+        raise UserError(f"{target}: has a {other}, of another layout; remove it, or name another")
     taken = target.exists() and not is_stream(target)
     if target.is_dir():
         taken = any(target.iterdir())
@@ -84,11 +87,11 @@ def export(args):
     Label words are read at position 0, or where the kind of the task reads every position, there.
     """
     make_room(args)
-    model, task, tokenizer, _ = load_run(args.run, args.which)
-    write_export(args.target, model, task, tokenizer)
+    model, task, tokenizer, s = load_run(args.run, args.which)
+    write_export(args.target, model, task, tokenizer, s["max_length"])
 
 
-def write_export(folder, model, task, tokenizer):
+def write_export(folder, model, task, tokenizer, max_length):
     """Write the folder for `model`, with a README that shows how to read it."""
     folder = Path(folder)
     state = model.state_dict()
@@ -107,14 +110,14 @@ def write_export(folder, model, task, tokenizer):
         config["label_words"] = task.words[-model.outputs :]
         config["label_word_ids"] = model.words.tolist()
         atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    lines = how_to_read(folder.name, model, task, hub_class)
+    lines = how_to_read(folder.name, model, task, hub_class, max_length)
     text = "".join(f"{line}\n" for line in lines)
     told = f"A {hub_class} that nanoprune has written for the task {task.name}. To read it:"
     atomic_write(folder / "README.md", f"{told}\n\n```python\n{text}```\n")
     print(f"{folder}: {hub_class}; to read it:\n{text}", end="")
 
 
-def how_to_read(name, model, task, hub_class):
+def how_to_read(name, model, task, hub_class, max_length):
     """Return lines of Python that predict with the folder `name` and `transformers`."""
     generates = model.output_head == "vocabulary"
     auto_class = "AutoModel" + ("ForCausalLM" if generates else hub_class[hub_class.find("For") :])
@@ -134,7 +137,9 @@ def how_to_read(name, model, task, hub_class):
     words = model.output_head == "words"
     pooled = model.first_only
     inputs = '"a text"' if len(task.columns) == 1 else '"a text", "the second text"'
-    lines.append(f'outputs = model(**tokenizer({inputs}, return_tensors="pt"))')
+    cut = f"truncation=True, max_length={max_length}"
+    lines.append(f'inputs = tokenizer({inputs}, {cut}, return_tensors="pt")')
+    lines.append("outputs = model(**inputs)")
     place = "[0, 0]" if pooled and words else "[0]"  # of position 0, or of all
     if hub_class == model.mlm_class:
         lines.append(f"logits = outputs.logits{place}[..., model.config.label_word_ids]")
@@ -223,14 +228,14 @@ def save_compact(args):
 
     The layout of the folder is ours, or with --uniform that of `transformers`.
     """
-    make_room(args)
+    make_room(args, "compact.json" if args.uniform else "model.safetensors")
     device = pick_device(args.device)
     model, task, tokenizer, s = load_run(args.run, args.which)
     total = count_weights(model)
     units = model.config.intermediate_size
     sizes = compact(model, args.uniform, args.drop_rows)
     if args.uniform:
-        write_export(args.target, model, task, tokenizer)
+        write_export(args.target, model, task, tokenizer, s["max_length"])
         left = count_weights(model)
         kept = f"{model.config.intermediate_size:,} of {units:,} units in each layer"
     else:

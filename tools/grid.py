@@ -35,9 +35,7 @@ from dataclasses import dataclass
 
 from models.runs import read_run_config
 from support.files import lock
-from tools.record import read_record, read_run, without_paths, write_record
-
-FREE = ("data_dir", "device")  # settings that may differ from those of a finished run
+from tools.record import NOT_RECORDED, read_record, read_run, without_paths, write_record
 
 
 @dataclass
@@ -135,7 +133,7 @@ def check(run, where, Settings):
         same = found in (value, without_paths(value))
         if isinstance(found, str):
             same = same or os.path.expandvars(found) == value  # a record has names of variables
-        if not same and name not in FREE:
+        if not same and name not in NOT_RECORDED:
             raise UserError(f"{where}: {path} has {name} {found}, the line {value}; move it")
 
 
@@ -146,11 +144,11 @@ def finished(run):
 # ---------- the runs ------------------------------------------------------------------------------
 
 
-def make(runs, program_name, jobs, path):
+def make(runs, program_name, jobs, path, known):
     """Make those of `runs` that are not finished, some at a time; return the names of failed ones.
 
-    The record is written after each of them. SIGTERM and SIGHUP act as Ctrl-C here: they stop the
-    runs after their step, with a checkpoint.
+    The record is written after each of them, see `record`. SIGTERM and SIGHUP act as Ctrl-C here:
+    they stop the runs after their step, with a checkpoint.
     """
     waiting = [run for run in runs if not finished(run)]
     working = {}  # {process: run}
@@ -172,7 +170,7 @@ def make(runs, program_name, jobs, path):
                     else:
                         failed.append(run.name)
                         tell(f"failed: {run.name}: {last_line(run)}")
-                    record(runs, failed, path)
+                    record(runs, failed, path, known)
     finally:
         for process in working:
             process.send_signal(signal.SIGTERM)
@@ -205,12 +203,16 @@ def last_line(run):
     return text.splitlines()[-1] if text else "no output"
 
 
-def record(runs, failed, path):
-    """Write what was planned, done and failed, and the results; return the core-hours."""
-    found = {run.name: run.known or read_run(run.out) for run in runs if finished(run)}
+def record(runs, failed, path, known):
+    """Write what was planned, done and failed, and the results; return the core-hours.
+
+    `known` is what the record held before. All of it stays, whatever lines the grid now has.
+    """
+    found = known | {run.name: read_run(run.out) for run in runs if finished(run) and not run.known}
     seconds = sum(result["train_seconds"] for result, _ in found.values())
     hours = round(seconds / 3600, 3)
-    state = {"planned": len(runs), "done": len(found), "failed": failed, "core_hours": hours}
+    planned = len(found.keys() | {run.name for run in runs})
+    state = {"planned": planned, "done": len(found), "failed": failed, "core_hours": hours}
     write_record(path, state, found)
     return hours
 
@@ -270,9 +272,9 @@ def main(argv=None):
             raise UserError(f"--out {folder}: another grid works there")
         failed = []
         try:
-            failed = make(runs, args.program, args.jobs, path)
+            failed = make(runs, args.program, args.jobs, path, known)
         finally:
-            hours = record(runs, failed, path)
+            hours = record(runs, failed, path, known)
             done = sum(finished(run) for run in runs)
             tell(f"{done} of {len(runs)} runs are done, in {hours:.2f} core-hours")
     if failed:

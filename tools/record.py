@@ -29,7 +29,7 @@ def read_run(run):
         raise UserError(f"{run}: no result.json; a run that is not finished, or none")
     result = read_json(path)
     config = read_run_config(run)
-    settings = config["settings"]
+    settings = config["settings"] | {"out": str(run.resolve())}  # also where it has moved
     if "dtype" in config:
         settings["dtype"] = config["dtype"]  # what "auto" was on that machine
     check(path, result, run / "config.json", settings)

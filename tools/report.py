@@ -42,13 +42,12 @@ import torch
 from data import kind_of, load_dev
 from eval import evaluate
 from models.checkpoint import load_model, model_sha256, read_config
-from models.runs import load_run, read_run_config, source_of
+from models.runs import before_masks, load_run, read_run_config, source_of
 from prune import METHODS
 from support.fetch import find_model
 from support.machine import DEVICES, pick_device
 from support.patterns import check_density
-from support.tensors import read_safetensors
-from support.terminal import NO_SHARES, as_flag, as_shown, show, tell
+from support.terminal import NO_SHARES, as_flag, as_shown, show, tell, warn
 from tools import pictures
 from tools.deploy import count_weights
 from tools.record import NOT_RECORDED, read_record, read_run
@@ -111,9 +110,16 @@ def finished(runs, patterns=None):
     name fits one of them are returned.
     """
     found = []
-    for run in expand(runs):
+    named = expand(runs)
+    folders = {run.resolve() for run in named}
+    for run in named:
         try:
-            found += read_record(run).values() if run.is_file() else [read_run(run)]
+            if run.is_file():  # a record; it may lie beside folders that are named, too
+                rows = read_record(run.resolve())
+                beside = [name for name in rows if run.resolve().with_name(name) in folders]
+                found += [rows[name] for name in rows if name not in beside]
+            else:
+                found.append(read_run(run))
         except (UserError, OSError) as error:
             tell(f"left out: {error}", sys.stderr)
     if patterns:
@@ -153,7 +159,7 @@ def grouped(found):
         method = result["method"]
         order = (result["task"], method != "dense", method, -(result.get("density") or 0.0))
         key = (order, added, json.dumps(values, sort_keys=True))
-        groups.setdefault(key, []).append(result)
+        groups.setdefault(key, []).append(result | {"seed": settings.get("seed", 0)})
     return [(key[1], groups[key]) for key in sorted(groups)]
 
 
@@ -172,6 +178,10 @@ def table(found):
     print(HEADER)
     for added, results in rows:
         first = results[0]
+        seeds = {result["seed"] for result in results}
+        if len(seeds) < len(results):
+            told = f"{first['task']}, {first['method']}{added}: {len(results)} runs share a row"
+            warn(f"{told}, but have {len(seeds)} seeds; choose some with --only")
         if first.get("density"):
             asked = f"{first['density']:g}"
         else:
@@ -213,9 +223,9 @@ def densities_of_lines(found, sizes=None):
     """Return {(task, label): {density: [the metric of each seed, in percent]}}.
 
     A label is the method with what `variant` adds. Runs of one label make one line, although a
-    recipe may differ by density. Where two of them have the same density and seed, the label has
-    the settings in which they differ, too. Where no density was asked for, the achieved one stands
-    in its place, with two digits.
+    recipe may differ by density. Where two of them have the same density, the label has the
+    settings in which they differ, too, but for the seed. Where no density was asked for, the
+    achieved one stands in its place, with two digits.
 
     With `sizes`, {model: number of its weights}, the number of weights that are not zero stands in
     place of each density, with two digits. The label then begins with the model.
@@ -240,6 +250,9 @@ def densities_of_lines(found, sizes=None):
         for own, point, value in members:
             flags = [f"{as_flag(name)} {short(own[name])}" for name in differing]
             line = lines.setdefault((task, " ".join([label, *flags])), {})
+            if point in line:
+                told = f"two runs of {label} on {task} have density and seed {point}"
+                raise UserError(f"{told}, and equal settings; choose one with --only")
             line[point] = value
     return {name: by_density(lines[name]) for name in sorted(lines)}
 
@@ -266,10 +279,10 @@ def short(value):
 
 
 def differing_settings(members):
-    """Return the names of settings in which runs of the same density and seed differ, sorted."""
+    """Return the names of settings in which runs of the same density differ, sorted."""
     differing = set()
     for (one, point, _), (other, other_point, _) in itertools.combinations(members, 2):
-        if point == other_point:
+        if point[0] == other_point[0]:
             differing |= {name for name in one if one[name] != other[name]}
     return sorted(differing)
 
@@ -435,7 +448,7 @@ def with_method(run, device, base=None):
 
     What a mask drops is there, too. Raises UserError as `sweep` does.
     """
-    _, task, tokenizer, s = load_run(run)
+    baked, task, tokenizer, s = load_run(run)
     config = read_run_config(run)
     Method = METHODS.get(s["method"])
     if Method is None or not Method.top_k:
@@ -449,7 +462,7 @@ def with_method(run, device, base=None):
     model = load_model(source, *head, s["seed"], form=kind.form, labels=kind.outputs)
     model.to(device)
     method = Method(model, SimpleNamespace(**s), total_steps=1)
-    tensors, _ = read_safetensors(Path(run) / "checkpoint.safetensors")
+    tensors = before_masks(baked, Path(run) / "checkpoint.safetensors", model)
     for name, parameter in model.named_parameters():
         if name in tensors:
             parameter.copy_(tensors[name])

@@ -27,7 +27,7 @@ from models.compaction import compact
 from models.runs import density_of, load_run
 from models.sparse import sparse
 from support.machine import inputs
-from support.terminal import as_shown, figure
+from support.terminal import COUNT, as_shown, figure
 from tools import onnx_files
 from tools.deploy import alternate
 from tools.pictures import new_figure, save_figure
@@ -114,7 +114,7 @@ def parse(argv):
     add("runs", nargs="+", metavar="RUN", help="run folder of train.py; the first is dense")
     add("--data-dir", metavar="DIR", default="data", help="folder of the data; default data")
     add("--picture", metavar="FILE", help="draw the table, too")
-    add("--repeat", type=int, default=9, help="alternating rounds; default 9")
+    add("--repeat", type=COUNT, default=9, help="alternating rounds; default 9")
     return parser.parse_args(argv)
 
 
@@ -124,6 +124,7 @@ def main(argv=None):
     onnx_files.packages()
     tasks = {}  # {(task, metric): ways}
     devs = {}
+    tokens = {}  # {(task, metric): what makes the token ids of the dev set}
     for run in args.runs:
         model, task, tokenizer, s = load_run(run)
         key = (task.name, task.metrics[0])
@@ -133,6 +134,11 @@ def main(argv=None):
             dev_sets = load_dev(task, tokenizer, s["max_length"], args.data_dir)
             devs[key] = next(iter(dev_sets.values()))
             tasks[key] = []
+            tokens = {key: (s["max_length"], tokenizer.to_str())} | tokens
+        if tokens[key] != (s["max_length"], tokenizer.to_str()):
+            raise UserError(
+                f"{run}: other tokens or --max-length than the first run on {task.name}"
+            )
         tasks[key] += ways_of(run, model, s["method"])
     if args.picture:
         size = (6.5 * len(tasks), 4.5)
