@@ -203,6 +203,10 @@ def test_runs_of_two_models_share_no_line(tmp_path, capsys):
     write_record(tmp_path / "r", {}, runs)
     rows = compared(capsys, tmp_path / "r", "--pivot").splitlines()[2:]
     assert rows == ["| stsb | smp-s --model m | 60.0 |", "| stsb | smp-s --model n | 90.0 |"]
+    runs = run("a", 60, max_tokens=0) | run("b", 90, seed=1, max_tokens=2048) | run("c", 62, seed=2)
+    write_record(tmp_path / "r", {}, runs)  # the last one is older than this setting
+    rows = [line.split(" | ")[4] for line in compared(capsys, tmp_path / "r").splitlines()[2:]]
+    assert sorted(rows) == ["1", "2"]
     write_record(tmp_path / "r", {}, run("a", 60, teacher="x") | run("b", 90, teacher="y"))
     assert report.main([str(tmp_path / "r"), "--pivot"]) == 2
     assert "two runs of smp-s + teacher on stsb have density" in capsys.readouterr().err

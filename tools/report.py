@@ -33,6 +33,7 @@ import itertools
 import json
 import math
 import os
+from dataclasses import fields
 from fnmatch import fnmatchcase
 from types import SimpleNamespace
 
@@ -51,6 +52,7 @@ from support.terminal import NO_SHARES, as_flag, as_shown, show, tell, warn
 from tools import pictures
 from tools.deploy import count_weights
 from tools.record import NOT_RECORDED, read_record, read_run
+from train import Settings
 
 # ---------- a table over runs ---------------------------------------------------------------------
 
@@ -135,25 +137,20 @@ def fits(settings, patterns):
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def common_names(found):
-    """Return {method: the names of the settings that all its runs have}.
+def compared(settings):
+    """Return {name: value} of the settings by which runs are told apart.
 
-    Runs of an older version have fewer settings.
+    What a run of an older version does not say has the default.
     """
-    names = {}
-    for _, settings in found:
-        method = settings["method"]
-        names[method] = names.get(method, settings.keys()) & settings.keys()
-    return names
+    whole = {f.name: f.default for f in fields(Settings)} | settings
+    return {name: value for name, value in whole.items() if name not in NOT_COMPARED}
 
 
 def grouped(found):
     """Return (text that is added to the method, results) for each row, in the table's order."""
-    names = common_names(found)
     groups = {}
     for result, settings in found:
-        compared = names[settings["method"]] - NOT_COMPARED
-        values = {name: settings[name] for name in compared}
+        values = compared(settings)
         added = variant(settings)
         values["teacher"] = added  # each seed may have a teacher of its own
         method = result["method"]
@@ -230,11 +227,9 @@ def densities_of_lines(found, sizes=None):
     With `sizes`, {model: number of its weights}, the number of weights that are not zero stands in
     place of each density, with two digits. The label then begins with the model.
     """
-    names = common_names(found)
     runs = {}  # {(task, label): [(settings, (density, seed), value)]}
     for result, settings in found:
-        compared = names[settings["method"]] - NOT_COMPARED - {"density", "teacher"}
-        own = {name: settings[name] for name in sorted(compared)}
+        own = compared(settings) | {"density": None, "teacher": None}  # these may differ
         label = f"{result['method']}{variant(settings)}"
         density = result["density"] or float(f"{result['achieved_density']:.2g}")
         if sizes:
@@ -248,7 +243,7 @@ def densities_of_lines(found, sizes=None):
     for (task, label), members in runs.items():
         differing = differing_settings(members)
         for own, point, value in members:
-            flags = [f"{as_flag(name)} {short(own[name])}" for name in differing]
+            flags = [f"{as_flag(name)} {short(own.get(name))}" for name in differing]
             line = lines.setdefault((task, " ".join([label, *flags])), {})
             if point in line:
                 told = f"two runs of {label} on {task} have density and seed {point}"
@@ -283,7 +278,7 @@ def differing_settings(members):
     differing = set()
     for (one, point, _), (other, other_point, _) in itertools.combinations(members, 2):
         if point[0] == other_point[0]:
-            differing |= {name for name in one if one[name] != other[name]}
+            differing |= {name for name in one | other if one.get(name) != other.get(name)}
     return sorted(differing)
 
 
