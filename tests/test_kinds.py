@@ -773,7 +773,7 @@ def test_exports_compute_the_same(kind, mlm, finished, tiny, kinds, tmp_path):
         atomic_write(tmp_path / "base" / "model.safetensors", to_safetensors(tensors))
         words = net.words.tolist()
         net = load_model(tmp_path / "base", "words", words=words, form=net.form)
-    deploy.write_export(tmp_path / "out", net, task, tokenizer)
+    deploy.write_export(tmp_path / "out", net, task, tokenizer, 24)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     trained = {"span": "BertForQuestionAnswering", "tag": "BertForTokenClassification"}[kind]
     assert config["architectures"] == ["BertForMaskedLM" if mlm else trained]
