@@ -237,7 +237,9 @@ def read_origin(run):
         check_vocabulary(place, tokenizer, run)
         if sizes_in(model.config) != sizes_in(read_config(run.source)[1]):
             raise UserError(f"{place}: its model has other sizes than {s.model}")
-        has_scores = getattr(METHODS[s.method], "initial", None) is not None  # at first all equal
+        has_scores = (
+            getattr(METHODS[s.method], "initial", None) is not None
+        )  # they do not know what is 0
         return Origin(model, run.task, 1.0 if has_scores else density_of(model), None)
     model, task, _, theirs = load_run(s.from_run)
     if theirs["model_sha256"] != model_sha256(run.source):

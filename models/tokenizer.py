@@ -126,7 +126,7 @@ def added_tokens(folder, config, tokenizer):
         return {int(i): AddedToken(**token) for i, token in sorted(found, key=lambda x: int(x[0]))}
     names = {token.content for token in special_tokens(config, {}).values()}
     extra = config.get("extra_special_tokens", [])
-    names |= {token for token in extra if isinstance(token, str)}  # no objects (`transformers`)
+    names |= {token for token in extra if isinstance(token, str)}  # as `transformers`
     found = {}
     for text, number in read_optional(folder / "added_tokens.json").items():
         found[number] = AddedToken(text, special=text in names, normalized=text not in names)

@@ -207,6 +207,9 @@ def test_runs_of_two_models_share_no_line(tmp_path, capsys):
     write_record(tmp_path / "r", {}, runs)  # the last one is older than this setting
     rows = [line.split(" | ")[4] for line in compared(capsys, tmp_path / "r").splitlines()[2:]]
     assert sorted(rows) == ["1", "2"]
+    origins = run("a", 60, from_run="x") | run("b", 90, seed=1, from_run="y")
+    write_record(tmp_path / "r", {}, origins)  # each seed goes on from its own run
+    assert len(compared(capsys, tmp_path / "r", "--pivot").splitlines()) == 3
     write_record(tmp_path / "r", {}, run("a", 60, teacher="x") | run("b", 90, teacher="y"))
     assert report.main([str(tmp_path / "r"), "--pivot"]) == 2
     assert "two runs of smp-s + teacher on stsb have density" in capsys.readouterr().err

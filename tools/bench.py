@@ -464,8 +464,8 @@ def parse(argv):
     both = ["fp32", "bf16"]
     add("--dtypes", nargs="+", metavar="DTYPE", default=both, choices=tuple(DTYPES), help=text)
     add("--tflops", type=POSITIVE, default=600, help="of the GPU of cost, in bf16; default 600")
-    add("--bandwidth", type=float, default=2.8, help="of its memory, in TB/s; default 2.8")
-    add("--launch", type=float, default=2.5, help="its shortest kernel, in us; default 2.5")
+    add("--bandwidth", type=POSITIVE, default=2.8, help="of its memory, in TB/s; default 2.8")
+    add("--launch", type=POSITIVE, default=2.5, help="its shortest kernel, in us; default 2.5")
     add("--repeat", type=COUNT, default=7, help="alternating runs per ratio; default 7")
     add("--device", default="auto", choices=DEVICES)
     return parser.parse_args(argv)

@@ -530,10 +530,10 @@ def parse(argv):
     of_run(add)
     new_place(add, "FILE")
     written = "a folder that `compact` wrote, or a file that `onnx` wrote"
-    add = add_command("evaluate", evaluate_compact, "print the metrics on dev of such a file")
+    add = add_command("evaluate", evaluate_compact, "print the metrics on dev of a written model")
     add("folder", metavar="DIR", help=written)
     with_data(add)
-    add = add_command("predict", predict_compact, "write predictions by such a file")
+    add = add_command("predict", predict_compact, "write predictions of a written model")
     add("folder", metavar="DIR", help=written)
     add("file", metavar="FILE", help="file of predictions")
     add("--split", default="test", help="split to predict; default test")

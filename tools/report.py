@@ -274,11 +274,15 @@ def short(value):
 
 
 def differing_settings(members):
-    """Return the names of settings in which runs of the same density differ, sorted."""
+    """Return the names of settings in which runs of the same density differ, sorted.
+
+    Each seed may begin with a run of its own.
+    """
     differing = set()
     for (one, point, _), (other, other_point, _) in itertools.combinations(members, 2):
         if point[0] == other_point[0]:
-            differing |= {name for name in one | other if one.get(name) != other.get(name)}
+            names = {name for name in one | other if one.get(name) != other.get(name)}
+            differing |= names if point == other_point else names - {"from_run"}
     return sorted(differing)
 
 

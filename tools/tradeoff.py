@@ -128,17 +128,17 @@ def main(argv=None):
     for run in args.runs:
         model, task, tokenizer, s = load_run(run)
         key = (task.name, task.metrics[0])
+        read_by = (s["max_length"], tokenizer.to_str())
         if key not in tasks:
             if s["method"] != "dense":
                 raise UserError(f"{run}: the first run on {task.name} shall be a dense one")
             dev_sets = load_dev(task, tokenizer, s["max_length"], args.data_dir)
             devs[key] = next(iter(dev_sets.values()))
             tasks[key] = []
-            tokens = {key: (s["max_length"], tokenizer.to_str())} | tokens
-        if tokens[key] != (s["max_length"], tokenizer.to_str()):
-            raise UserError(
-                f"{run}: other tokens or --max-length than the first run on {task.name}"
-            )
+            tokens[key] = read_by
+        if tokens[key] != read_by:
+            told = f"other tokens or --max-length than the first run on {task.name}"
+            raise UserError(f"{run}: {told}")
         tasks[key] += ways_of(run, model, s["method"])
     if args.picture:
         size = (6.5 * len(tasks), 4.5)
