@@ -112,7 +112,8 @@ def make(plan):
 
     A plan is a list of {"flags": the flags of train.py, "interrupt": see `watched_run`}. The runs
     share one process group. A run that is interrupted takes long to save: see `saved_slowly`.
-    "checkpoint" in a note is the step of the checkpoint that was there when the run ended.
+    "checkpoint" in a note is the step of the checkpoint that was there when an interrupted run
+    ended. At the end of another run rank 0 may still be writing it.
     """
     notes = []
     for item in plan:
@@ -126,7 +127,7 @@ def make(plan):
             patch.object(dist, "destroy_process_group"),
         ):
             note["status"] = train.main(item["flags"])
-        note["checkpoint"] = step_of(Path(note["out"]))
+        note["checkpoint"] = step_of(Path(note["out"])) if interrupt else None
         notes.append(note)
     return notes
 
