@@ -220,9 +220,10 @@ def number(parse, interval):
     return parse_number
 
 
-# The bound of a rate is what a float32 can hold, with room for a product of two of them.
-COUNT = number(int, "[1, inf)")
-COUNT_OR_OFF = number(int, "[0, inf)")
+# The bound of a rate is what a float32 can hold, with room for a product of two of them. That of a
+# count leaves room in an int64.
+COUNT = number(int, "[1, 1e9]")
+COUNT_OR_OFF = number(int, "[0, 1e9]")
 RATE = number(float, "[0, 1e9]")
 POSITIVE = number(float, "(0, inf)")
 POSITIVE_SHARE = number(float, "(0, 1]")

@@ -92,7 +92,8 @@ QUERY = "bert.encoder.layer.1.attention.self.query.weight"
         ("--method dense --hold 0.1", ["--hold 0.1", "dense does not use it"]),
         ("--score-lr 1e39", ["--score-lr: 1e39", "[0, 1e9]"]),  # more than a float32 can hold
         ("--lr -1", ["--lr: -1", "[0, 1e9]"]),
-        ("--epochs 0", ["--epochs: 0", "[1, inf)"]),
+        ("--epochs 0", ["--epochs: 0", "[1, 1e9]"]),
+        ("--max-tokens 100000000000000000000", ["--max-tokens", "[0, 1e9]"]),
         ("--epochs two", ["--epochs", "two"]),
         ("--ramp 0", ["--ramp"]),
         ("--hold 0.5 --ramp 0.6", ["--hold 0.5", "--ramp 0.6"]),
