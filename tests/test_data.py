@@ -755,7 +755,8 @@ def test_collate():
     ids = rng.integers(1, 99, starts[-1]).astype(np.int32)
     labels = rng.integers(0, 2, 50)
     dataset = Dataset(kind_of(toy(TRAIN)[0]), ids, lengths, second, labels, 36)
-    for indices in ([4, 2, 2, 9], list(range(50)), [int(lengths.argmin())], [49]):
+    whole = np.flatnonzero(lengths == 16)  # no padding
+    for indices in ([4, 2, 2, 9], list(range(50)), [int(lengths.argmin())], [49], whole):
         batch = dataset.collate(np.array(indices), pad_id=7)
         width = batch["input_ids"].shape[1]
         assert width == min(-(-lengths[indices].max() // 8) * 8, 36)
@@ -771,6 +772,10 @@ def test_collate():
         for name in ("input_ids", "token_type_ids", "labels"):
             assert batch[name].dtype == torch.int64
         assert batch["attention_mask"].dtype == torch.bool
+    cut = dataset.by_tokens(100)  # what is predicted at once, the longest first
+    assert lengths[np.concatenate(cut)].tolist() == sorted(lengths, reverse=True)
+    padded = [batch["input_ids"].numel() for batch in map(dataset.collate, cut)]
+    assert len(cut) > 10 and max(padded) <= 100
     dataset.labels = None
     assert "labels" not in dataset.collate(np.arange(3))
     dataset.labels = np.zeros(50, np.float32)

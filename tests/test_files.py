@@ -710,6 +710,7 @@ def test_a_torn_line_of_a_log(run, capsys):
     [
         ("--input - --predictions p.tsv", ["--input", "--predictions"]),
         ("--input - --split dev", ["--split", "--input"]),
+        ("--input - --metrics all", ["--metrics", "--input"]),
     ],
 )
 def test_flags_of_eval(made, flags, words, capsys):

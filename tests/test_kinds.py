@@ -691,6 +691,7 @@ def test_scores_of_glue_predictions(tiny, finished, tmp_path, capsys):
         path.write_text("".join(changed))
         refused(capsys, score, message, main=evaluation.main)
     refused(capsys, score[:2], "--score takes --task or --task-file", main=evaluation.main)
+    refused(capsys, score[2:], "give RUN, or --score FILE", main=evaluation.main)
     refused(capsys, [*score, "--split", "test"], 'has no "test" split', main=evaluation.main)
 
 

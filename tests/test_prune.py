@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -683,3 +684,16 @@ def test_lambda_is_steered_to_the_density(name, score_lr, density):
     method.update(steps)
     assert method.achieved() == pytest.approx(density, rel=0.05)
     assert method.settled(steps)
+
+
+def test_the_factor_of_lambda_is_bounded():
+    """However far the density is from that asked for, |lambda| grows by 74 at most."""
+    for asked, sign in ((0.01, 1), (0.99, -1)):  # of 100 weights 50 are kept
+        steered = SimpleNamespace(
+            settings=SimpleNamespace(density=asked),
+            kept=lambda: torch.tensor(50.0),
+            density=lambda step, asked=asked: asked,
+            size=100,
+        )
+        factor = METHODS["soft-movement"].steer(steered, 0, 1.0)
+        assert float(factor) == pytest.approx(sign * math.sinh(5))

@@ -147,7 +147,7 @@ def test_every_row_counts(tmp_path, tiny, capsys):
         read(pair, "a\tb\nw1\tw2\n\nw3\tw4\n", split="test")
     (tmp_path / "train.tsv").write_text("a\tlabel\nw1\t0\nw2\t1\n" * 1)
     (tmp_path / "dev.tsv").write_text("a\tlabel\nw1\t0\n")
-    (tmp_path / "test.tsv").write_text("a\nw1\n\nw2\n")
+    (tmp_path / "test.tsv").write_text('a\nw1\n\n"w2\n')  # a quote is a character like others
     task_of(tmp_path, columns=["a"], test="test.tsv")
     out = tmp_path / "run"
     flags = [*tiny, "--task-file", str(tmp_path / "task.json"), "--max-steps", "1"]
