@@ -229,7 +229,8 @@ def read_origin(run):
     """Return the Origin of a run; UserError where it is not finished, or does not fit the run."""
     s = run.settings
     place = f"--from {s.from_run}"
-    needs = METHODS[s.method].output_head
+    Method = METHODS[s.method]
+    needs = Method.output_head
     if not is_run(s.from_run):
         if needs == "words":
             raise UserError(f"{place}: not a run; {s.method} goes on from its own runs alone")
@@ -237,10 +238,9 @@ def read_origin(run):
         check_vocabulary(place, tokenizer, run)
         if sizes_in(model.config) != sizes_in(read_config(run.source)[1]):
             raise UserError(f"{place}: its model has other sizes than {s.model}")
-        has_scores = (
-            getattr(METHODS[s.method], "initial", None) is not None
-        )  # they do not know what is 0
-        return Origin(model, run.task, 1.0 if has_scores else density_of(model), None)
+        has_scores = getattr(Method, "initial", None) is not None
+        density = 1.0 if has_scores else density_of(model)  # new scores do not know what is 0
+        return Origin(model, run.task, density, None)
     model, task, _, theirs = load_run(s.from_run)
     if theirs["model_sha256"] != model_sha256(run.source):
         raise UserError(f"{place}: began with another model than {s.model}")
