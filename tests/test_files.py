@@ -721,7 +721,7 @@ def test_flags_of_eval(made, flags, words, capsys):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("compact RUN OUT --drop-rows -5", ["--drop-rows: -5", "[0, inf)"]),
+        ("compact RUN OUT --drop-rows -5", ["--drop-rows: -5", "[0, 1e9]"]),
         ("export RUN OUT --drop-rows 5", ["unrecognized arguments: --drop-rows"]),
         ("export RUN OUT --uniform", ["unrecognized arguments: --uniform"]),
         ("export RUN OUT --no-check", ["unrecognized arguments: --no-check"]),

@@ -263,6 +263,8 @@ def test_other_flags_are_refused(made, tmp_path, capsys):
     other.write_text(file.read_text().replace("--method {", "--lr 1e-2 --method {"))
     assert main(other, out) == 2
     assert "has lr" in capsys.readouterr().err
+    assert grid.main([str(file), "--out", str(out), "--jobs", "0"]) == 2
+    assert "--jobs: 0: expected a number in [1, 1e9]" in capsys.readouterr().err
 
 
 def test_a_signal_stops_and_a_second_start_resumes(grids):

@@ -429,6 +429,8 @@ def test_curves(made, tmp_path, capsys):
     assert report.main(runs) == 0
     both = [made / "pairs", "--curve", tmp_path / "x.png", "--density", "0.1"]
     refused(capsys, both, "--curve and --density: give one", main=report.main)
+    more = [made / "pairs", "--density", "0.5", "1.5"]
+    refused(capsys, more, "--density: 1.5: expected a number in (0, 1]", main=report.main)
     alone = [made / "pairs", "--against", "weights"]
     refused(capsys, alone, "--against: only with --curve", main=report.main)
 

@@ -43,7 +43,7 @@ from support.files import atomic_write, is_stream, read_json, read_optional
 from support.machine import DEVICES, autocast, inputs, pick_device
 from support.matrices import encoder_linears
 from support.tensors import read_safetensors, save_tensors
-from support.terminal import number, show
+from support.terminal import COUNT_OR_OFF, show
 from tools import onnx_files
 from tools.masks import evaluate_masks, save_mask
 
@@ -512,7 +512,7 @@ def parse(argv):
     of_run(add)
     new_place(add, "DIR")
     rows = "first empty the rows that have fewer than R weights"
-    add("--drop-rows", metavar="R", type=number(int, "[0, inf)"), default=0, help=rows)
+    add("--drop-rows", metavar="R", type=COUNT_OR_OFF, default=0, help=rows)
     add("--uniform", action="store_true", help="only units go; `transformers` loads it")
     with_data(add)
     without_check(add)

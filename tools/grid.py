@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so it runs from any folder
 
-from support.terminal import ROOT, Parser, UserError, live, parse_settings, program, tell
+from support.terminal import COUNT, ROOT, Parser, UserError, live, parse_settings, program, tell
 
 import importlib
 import itertools
@@ -228,14 +228,11 @@ def parse(argv):
     add("--out", metavar="DIR", required=True, help="folder of the runs")
     add("--record", metavar="FILE", help="the record; default DIR/grid.jsonl")
     cores = os.cpu_count() or 1
-    add("--jobs", type=int, default=cores, help=f"runs side by side; default {cores}, the cores")
+    add("--jobs", type=COUNT, default=cores, help=f"runs side by side; default {cores}, the cores")
     add("--hours", type=float, default=24.0, help="core-hours allowed; default 24")
     add("--program", default="train", help="module with flags as train has; default train")
     add("--dry-run", action="store_true", help="print the runs and stop")
-    args = parser.parse_args(argv)
-    if args.jobs <= 0:
-        raise UserError("--jobs: expected 1 or more")
-    return args
+    return parser.parse_args(argv)
 
 
 def settings_of(name):

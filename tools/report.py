@@ -48,7 +48,7 @@ from prune import METHODS
 from support.fetch import find_model
 from support.machine import DEVICES, pick_device
 from support.patterns import check_density
-from support.terminal import NO_SHARES, as_flag, as_shown, show, tell, warn
+from support.terminal import NO_SHARES, POSITIVE_SHARE, as_flag, as_shown, show, tell, warn
 from tools import pictures
 from tools.deploy import count_weights
 from tools.record import NOT_RECORDED, read_record, read_run
@@ -421,12 +421,9 @@ def sweep(run, densities, device, data_dir, base=None):
     """Print the metrics on dev at other densities. `base` is the base model, if it has moved.
 
     The run's scores are ranked anew, and nothing is trained.
-    Raises UserError where a density is not in (0, 1], where the method keeps no largest scores,
-    and where the base model has changed.
+    Raises UserError where the method keeps no largest scores, where a density would keep nothing
+    of a matrix, and where the base model has changed.
     """
-    for density in densities:
-        if not 0 < density <= 1:
-            raise UserError(f"--density {density}: expected a number in (0, 1]")
     model, method, task, tokenizer = with_method(run, device, base)
     settings = method.settings
     dtype = read_run_config(run)["dtype"]
@@ -478,7 +475,7 @@ def parse(argv):
     add("runs", nargs="+", metavar="RUN", help="run folder of train.py, or record of tools.grid")
     add("--only", nargs="+", metavar="NAME", help="runs of these names, as 'stsb-*'")
     text = "evaluate at other densities; with --first: compare at these alone"
-    add("--density", metavar="V", type=float, nargs="+", help=text)
+    add("--density", metavar="V", type=POSITIVE_SHARE, nargs="+", help=text)
     add("--pivot", action="store_true", help="a row per method, a column per density")
     add("--curve", metavar="FILE", help="draw the metric of the runs against density (PNG, ...)")
     text = "what --curve draws the metric against; default density"
