@@ -687,7 +687,7 @@ def test_lambda_is_steered_to_the_density(name, score_lr, density):
 
 
 def test_the_factor_of_lambda_is_bounded():
-    """However far the density is from that asked for, |lambda| grows by 74 at most."""
+    """However far the density is from that asked for, |lambda| grows 74-fold at most."""
     for asked, sign in ((0.01, 1), (0.99, -1)):  # of 100 weights 50 are kept
         steered = SimpleNamespace(
             settings=SimpleNamespace(density=asked),

@@ -276,7 +276,7 @@ def short(value):
 def differing_settings(members):
     """Return the names of settings in which runs of the same density differ, sorted.
 
-    Each seed may begin with a run of its own.
+    `from_run` may differ between seeds, because each may begin with a run of its own.
     """
     differing = set()
     for (one, point, _), (other, other_point, _) in itertools.combinations(members, 2):
