@@ -240,11 +240,11 @@ def label_word_ids(tokenizer, task, method, by_logit=False):
     """Return the ids of a task's label words, which the method needs.
 
     `by_logit`: a number is the logit of the word for the high end (SMP, released code), and not
-    interpolated between two words. Raises UserError where the task has no label words.
+    interpolated between two words. Raises UserError where a task has no label words, or no number.
     """
-    words = task.words
-    if by_logit and not task.labels:
-        words = words[1:]
+    if by_logit and task.kind != "score":
+        raise UserError(f"--regression logit: a prediction of {task.name} is no number")
+    words = task.words[1:] if by_logit else task.words
     if not words:
         given = f'give "words" in the task file; {method} needs one for each label'
         raise UserError(f"task {task.name} has no label words: {given}")
