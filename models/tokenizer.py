@@ -240,7 +240,8 @@ def label_word_ids(tokenizer, task, method, by_logit=False):
     """Return the ids of a task's label words, which the method needs.
 
     `by_logit`: a number is the logit of the word for the high end (SMP, released code), and not
-    interpolated between two words. Raises UserError where a task has no label words, or no number.
+    interpolated between two words. Raises UserError where the task has no label words and, with
+    `by_logit`, where it predicts no number.
     """
     if by_logit and task.kind != "score":
         raise UserError(f"--regression logit: a prediction of {task.name} is no number")
