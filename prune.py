@@ -103,9 +103,9 @@ def masked_linears(model):
 
 
 def keep_largest(linears, values, counts):
-    """Make the masks of L `linears`: M is 1 for the `counts[l]` largest of `values[l]`, else 0.
+    """Make the masks of B `linears`: M is 1 for the `counts[l]` largest of `values[l]`, else 0.
 
-    `values` is (L, out, in) and `counts` (L). Return whether a mask may be wrong: `top_k_masks`.
+    `values` is (B, out, in) and `counts` (B). Return whether a mask may be wrong: `top_k_masks`.
     """
     masks, wrong = top_k_masks(values, counts)
     for linear, mask in zip(linears, masks):
@@ -141,7 +141,7 @@ def add_penalty(linears, strength, shift=0.0, sigmoids=()):
     strength = torch.ones((), device=linears[0].scores.device) * strength
     for stack, s in itertools.zip_longest(by_shape(linears), sigmoids):
         if s is None:
-            scores = as_one([linear.scores for linear in stack])  # (L, out, in)
+            scores = as_one([linear.scores for linear in stack])  # (B, out, in)
             s = torch.sigmoid(scores - shift if shift else scores)
         means.append(s.mean((1, 2)))
         slopes = torch.addcmul(s, s, s, value=-1)  # s - s^2
@@ -445,7 +445,7 @@ class L0(SoftMovement):
         for linear in self.linears:
             u = torch.empty_like(linear.weight).uniform_(1e-4, 1 - 1e-4, generator=generator)
             linear.noise = u.logit_()
-            linear.mask.copy_(linear.gate() > 0)
+            linear.mask.copy_(linear.gate() > 0)  # to count; layers use gate()
 
 
 # ---------- no masks: PINS and its relatives ------------------------------------------------------
@@ -508,7 +508,7 @@ class Pins(Fixed):
         self.mask = None  # flat: what is kept; None: nothing is to be zeroed after this step
 
     def settled(self, step):
-        return step - 1 > self.end
+        return step - 1 > self.end  # the last step ranked after the ramp
 
     def factor(self, weight, grad, lr):
         """Return what, times `grad`, is the importance I."""
@@ -540,13 +540,13 @@ class Pins(Fixed):
     def select(self, density):
         """Return the flat mask of what stays, or None where everything stays.
 
-        The int(N (1 - v)) - 1 least important weights go (released code); of equals the last ones.
+        Of n weights the int(n (1 - v)) - 1 least important go (released code); of equals the last.
         """
         importance = self.importance()
         below = int(importance.numel() * (1 - density))
         if below == 0:
             return None
-        table = importance.view(1, -1, self.weights[0].size(1))  # (N) -> (1, N / width, width)
+        table = importance.view(1, -1, self.weights[0].size(1))  # (n) -> (1, n / width, width)
         count = torch.full((1,), importance.numel() - below + 1, device=importance.device)
         (mask,), wrong = top_k_masks(table, count)
         self.wrong |= wrong

@@ -4,9 +4,9 @@
     python train.py --model google-bert/bert-base-uncased --task mnli --method smp-s --density 0.10
     torchrun --nproc-per-node 4 train.py ...            the same on four devices
 
-On one machine with one version of torch, the settings determine a run. The order of the data is
-drawn from (seed, epoch), and dropout from (seed, step, rank). An interrupted run therefore
-continues bit-exactly from its parameters, the moments of its optimizer, and its step.
+On one CPU with one version of torch, the settings determine a run. The order of the data is drawn
+from (seed, epoch), and dropout from (seed, step, rank). An interrupted run goes on bit-exactly from
+its parameters, the moments of its optimizer, and its step. On a GPU the order of a sum may change.
 
 Where the help of a flag says "recipe", the method and the task determine the value. --dry-run
 prints the settings that differ from the defaults, and stops.
@@ -70,17 +70,17 @@ class Settings:
     density: POSITIVE_SHARE = None  # fraction kept; recipe 0.1, pins 0.2; l0, soft-movement: none
     from_run: str = None  # a finished run, or a fine-tuned model's folder, to start from
     out: str = None  # run folder; default runs/TASK-METHOD-DENSITY-sSEED
-    resume: bool = False  # continue the run in --out bit-exactly from its last checkpoint
+    resume: bool = False  # continue the run in --out from its last checkpoint (CPU: bit-exactly)
 
     data_dir: str = "data"  # folder of the data; what is missing is downloaded there
-    max_length: COUNT = None  # tokens of an example; recipe by kind: 128 to 512
+    max_length: COUNT = None  # tokens of an example; recipe by kind: 128 to 512, demo 32
 
     epochs: COUNT = None  # passes over the training set; recipe by method and task
     max_steps: COUNT_OR_OFF = 0  # optimizer steps of the whole run in place of epochs; 0: off
     batch_size: COUNT = None  # examples per step, over all devices; recipe by method and task
     max_tokens: COUNT_OR_OFF = 0  # tokens per step with padding, in place of batch-size; 0: off
     grad_accum: COUNT = 1  # micro-batches of a batch: less memory, same result up to dropout
-    lr: RATE = None  # peak learning rate of the weights (smp trains none); recipe 1e-5 to 1e-4
+    lr: RATE = None  # peak learning rate of the weights (smp trains none); recipe 1e-5 to 5e-4
     warmup: number(float, "[0, 1]") = None  # fraction of the run in which lr rises; by method
     weight_decay: RATE = None  # AdamW's, on matrices only; recipe dense 0.01 (Devlin), else 0
     clip: POSITIVE = 1.0  # largest gradient norm (SMP code; Devlin et al. code)
@@ -92,8 +92,8 @@ class Settings:
     hold: BELOW_ONE = None  # fraction of the run at density 1, before the ramp; recipe by method
     ramp: POSITIVE_SHARE = None  # fraction of the run in which density falls; recipe by method
     ramp_power: COUNT = None  # how it falls: 3 is a cubic, 1 a line; recipe 3, smp on roberta 1
-    reg_lambda: RATE = None  # final weight of the regulariser; recipe 400, l0 125
-    temperature_s: POSITIVE = None  # p in SMP-S's sigmoid(S/p); recipe 1, 3, 4 by density (code)
+    reg_lambda: RATE = None  # final weight of the regulariser; recipe 400, l0 125, demo 200
+    temperature_s: POSITIVE = None  # p in SMP-S's sigmoid(S/p); recipe 1, 3, 4 by density, task
     redistribute: bool = True  # SMP-S: pass on what a full matrix cannot take; no: as released
     pins_score: PINS_SCORES = "absolute"  # PINS: rank |I| (PINS code) or I (PINS paper)
     pins_window: COUNT = 10  # PINS: steps averaged, and between rankings in the ramp (PINS code)

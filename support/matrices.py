@@ -32,7 +32,7 @@ def by_shape(linears):
 
 
 def lay_side_by_side(linears):
-    """Move the scores of L masked layers of one shape into one tensor (L, out, in)."""
+    """Move the scores of B masked layers of one shape into one tensor (B, out, in)."""
     if linears[0].scores is None:
         return
     together = torch.stack([linear.scores.detach() for linear in linears])
@@ -41,7 +41,7 @@ def lay_side_by_side(linears):
 
 
 def as_one(matrices):
-    """Return L matrices of one shape as one tensor (L, out, in).
+    """Return B matrices of one shape as one tensor (B, out, in).
 
     It is no copy where they lie side by side in memory.
     """

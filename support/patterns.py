@@ -104,11 +104,11 @@ def keep_pattern(method, density):
 def keep_squares(method, linears, shares, side):
     """Mask matrices of one shape by square blocks: the blocks of the largest mean score stay.
 
-    `shares` are the densities of the matrices, (L).
+    `shares` are the densities of the matrices, (B).
     """
     scores = [squares(method.rank(linear), side) for linear in linears]
     means = torch.stack([s.mean((1, 3), dtype=widest(s)) for s in scores])  # see `block_values`
-    masks, _ = top_k_masks(means.flatten(1), shares * means[0].numel())  # (L, blocks)
+    masks, _ = top_k_masks(means.flatten(1), shares * means[0].numel())  # (B, blocks)
     for linear, mask in zip(linears, masks):
         squares(linear.mask, side).copy_(mask.view_as(means[0])[:, None, :, None])
 

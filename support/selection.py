@@ -19,15 +19,15 @@ SMALL = 1 << 16  # matrices of fewer values are sorted
 
 
 def top_k_masks(values, counts):
-    """Return for L tensors of one shape, (L, ...), the bool masks of their counts[l] largest.
+    """Return for B tensors of one shape, (B, ...), the bool masks of their counts[l] largest.
 
-    `counts` is a tensor (L), on the same device as `values`; it is rounded down, and exactly so
+    `counts` is a tensor (B), on the same device as `values`; it is rounded down, and exactly so
     many are kept. The second result says whether a mask may be wrong: False, or a bool tensor; see
     `select_on_device`. Raises ValueError for NaN and infinity, but only on a CPU.
     """
     if values.is_cpu:
         return [top_k_mask(v, int(k)) for v, k in zip(values, counts)], False
-    k = counts.long()[:, None]  # (L, 1)
+    k = counts.long()[:, None]  # (B, 1)
     small = values[0].numel() < SMALL
     if small or values.dim() != 3 or values.size(2) % STRIDE or values.is_mps:
         return select_by_sort(values, k), False
@@ -35,10 +35,10 @@ def top_k_masks(values, counts):
 
 
 def select_by_sort(values, k):
-    """Return the masks (L, ...) of the k (L, 1) largest."""
-    flat = values.flatten(1)  # (L, n)
+    """Return the masks (B, ...) of the k (B, 1) largest."""
+    flat = values.flatten(1)  # (B, n)
     order = flat.sort(dim=1, descending=True, stable=True).indices
-    kept = torch.arange(flat.size(1), device=flat.device) < k  # (L, n), the largest first
+    kept = torch.arange(flat.size(1), device=flat.device) < k  # (B, n), the largest first
     return torch.empty_like(kept).scatter_(1, order, kept).view_as(values)
 
 
@@ -109,7 +109,7 @@ def kth_largest(values, k):
 
 
 def select_on_device(values, k):
-    """Return the masks (L, rows, width) of the k (L, 1) largest, and whether they may be wrong.
+    """Return the masks (B, rows, width) of the k (B, 1) largest, and whether they may be wrong.
 
     The second result is a bool tensor without dimensions. `width` is a multiple of STRIDE. The
     sample is another one in every call, and the masks do not depend on it.
@@ -121,10 +121,10 @@ def select_on_device(values, k):
     generator.seed()
     places = torch.randint(STRIDE, (count,), generator=generator, device=values.device)
     places = places[None, :, None].expand(matrices, -1, -1)
-    sample = values.view(matrices, count, STRIDE).gather(2, places)[..., 0]  # (L, count)
+    sample = values.view(matrices, count, STRIDE).gather(2, places)[..., 0]  # (B, count)
     ranked, order = sample.sort(dim=1, descending=True, stable=True)
 
-    # the two cuts, (L, 2): the last sampled value surely among the k largest, the first surely not
+    # the two cuts, (B, 2): the last sampled value surely among the k largest, the first surely not
     rank = k.double() / STRIDE
     spread = margin(rank * (1 - k / n))
     sides = torch.linspace(-1, 1, 2, device=values.device)
@@ -133,23 +133,23 @@ def select_on_device(values, k):
     cut = ranked.gather(1, nearest)
     cut = cut.masked_fill(ends < 0, math.inf).masked_fill(ends >= count, -math.inf)
     row = order.gather(1, nearest) // (width // STRIDE) + (sides > 0)
-    first_rows = torch.arange(rows, device=values.device) < row[..., None]  # (L, 2, rows)
+    first_rows = torch.arange(rows, device=values.device) < row[..., None]  # (B, 2, rows)
     above = torch.nextafter(cut, torch.full_like(cut, math.inf))
-    cuts = torch.where(first_rows, cut[..., None], above[..., None])[..., None]  # (L, 2, rows, 1)
+    cuts = torch.where(first_rows, cut[..., None], above[..., None])[..., None]  # (B, 2, rows, 1)
 
     masks = values >= cuts[:, 1]  # before the second cut: k values at least
     between = values >= cuts[:, 0]  # before the first cut: fewer than k
-    missing = k - between.sum((1, 2))[:, None]  # (L, 1)
+    missing = k - between.sum((1, 2))[:, None]  # (B, 1)
     between ^= masks
 
-    # what lies between the cuts, as a table (L, size)
+    # what lies between the cuts, as a table (B, size)
     size = min(room(n) + 2 * width, n + 1)
     flat = between.view(-1)
     found = torch.nonzero_static(flat, size=matrices * size, fill_value=len(flat))[:, 0]
     firsts = torch.arange(matrices + 1, device=values.device) * n
-    starts = torch.searchsorted(found, firsts)  # (L + 1,) where each matrix begins in `found`
+    starts = torch.searchsorted(found, firsts)  # (B + 1,) where each matrix begins in `found`
     columns = torch.arange(size, device=values.device)
-    column = starts[:-1, None] + columns  # (L, size)
+    column = starts[:-1, None] + columns  # (B, size)
     real = column < starts[1:, None]  # the others fill up the table
     column = column.clamp(max=min(len(found), len(flat)) - 1)
     found = torch.where(real, found[column], column)
@@ -157,8 +157,8 @@ def select_on_device(values, k):
     order = table.sort(dim=1, descending=True, stable=True).indices
 
     # 1 is taken from the mask of what does not stay, and 0 from that of what does
-    held = starts.diff()[:, None]  # (L, 1) values between the cuts
-    goes = (columns >= missing) & (columns < held)  # (L, size)
+    held = starts.diff()[:, None]  # (B, 1) values between the cuts
+    goes = (columns >= missing) & (columns < held)  # (B, size)
     places = found.gather(1, order).view(-1)
     goes = goes.view(torch.int8).view(-1)
     masks.view(torch.int8).view(-1).index_add_(0, places, goes, alpha=-1)
