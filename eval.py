@@ -171,8 +171,9 @@ def write_predictions(loaded, device, data_dir, split, path):
 def task_of_same_labels(name, task_file, task):
     """Return another task, which a run on `task` can predict; UserError if it cannot."""
     other = get_task(name, task_file)
-    if (other.kind, other.labels) != (task.kind, task.labels):
-        need = f"expected the kind and the labels of {task.name}, on which the run was trained"
+    theirs, ours = [(t.kind, t.labels, t.options.get("range")) for t in (other, task)]
+    if theirs != ours:
+        need = f"expected kind, labels and range of {task.name}, on which the run was trained"
         raise UserError(f"{other.name}: {need}")
     return other
 

@@ -225,10 +225,7 @@ class Run:
             if self.origin is None:
                 raise UserError(f"--method {s.method}: needs a run to start from; give --from RUN")
             head = self.origin.model.output_head
-        self.words = []
-        if head == "words":
-            by_logit = s.regression == "logit"
-            self.words = label_word_ids(self.tokenizer, self.task, s.method, by_logit)
+        self.words = label_word_ids(self.tokenizer, self.task, s, head)
         options = {"form": self.kind.form, "labels": self.kind.outputs}
         sizes = (len(self.kind.outputs), self.words)
         self.model = load_model(self.source, head, *sizes, s.seed, s.dropout, **options)

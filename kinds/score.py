@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from kinds.classify import Classify
 from kinds.metrics import pearson, spearman
 from support.machine import send
-from support.terminal import UserError, quote
+from support.terminal import UserError, quote, warn
 
 
 class Score(Classify):
@@ -81,7 +81,11 @@ class Score(Classify):
         return 0.5 * decided.losses + 0.5 * self.losses(decided.logits, taught)
 
     def teach(self, model, dataset, device, dtype):
-        return self.to_value(self.logits(model, dataset, device, dtype)).to(device)
+        values = self.to_value(self.logits(model, dataset, device, dtype))
+        if np.mean((values.numpy() - dataset.labels) ** 2) > np.var(dataset.labels):
+            told = "the teacher's values are further from the labels than their mean is"
+            warn(f"{told}; expected values from {self.low} to {self.high}")
+        return values.to(device)
 
     def to_value(self, logits):
         """Return the value (B,) that one or two outputs stand for; see `losses`."""

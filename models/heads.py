@@ -7,11 +7,12 @@ from support.files import read_json
 from support.terminal import UserError, quote, tell
 
 
-def arrange_head(folder, tensors, name, labels, new_head):
+def arrange_head(folder, tensors, name, labels, new_head, form):
     """Put the rows of the output head `name` into the order of `labels`, or remove the head.
 
-    It stays where config.json names these labels, in whatever order and case. Else a line says so
-    or, where there may be no new head, a UserError.
+    It stays where config.json names these labels, in whatever order and case, and the folder has
+    the pooler that the `form` needs. Else a line says so or, where there may be no new head, a
+    UserError.
     """
     found = [n for n in tensors if n in (f"{name}.weight", f"{name}.bias")]
     if not found:
@@ -20,7 +21,8 @@ def arrange_head(folder, tensors, name, labels, new_head):
     if len(labels) == 1 and theirs == [] and not new_head:
         theirs = list(labels)  # a single value has no order
     rows = {len(tensors[n]) for n in found}
-    for spell in (str, str.casefold):
+    per_token = form == "pooled" and not any(n.startswith("bert.pooler.") for n in tensors)
+    for spell in () if per_token else (str, str.casefold):
         wanted = [spell(label) for label in labels]
         there = [spell(label) for label in theirs]
         if rows == {len(set(wanted))} and sorted(wanted) == sorted(there):
@@ -29,6 +31,8 @@ def arrange_head(folder, tensors, name, labels, new_head):
                 tensors[n] = tensors[n][order]
             return
     whose = quote(", ".join(theirs)) if theirs else f"{max(rows)} labels without names"
+    if per_token:
+        whose = "every token, without a pooler"
     if not new_head:
         expected = quote(", ".join(labels))
         raise UserError(f"{folder}: its output head is for {whose}; expected {expected}")

@@ -1,5 +1,6 @@
 """Run folders: what config.json of a run says, and its model."""
 
+import hashlib
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -53,8 +54,10 @@ def began_with(run):
     if s.from_run:
         folder = Path(s.from_run, "model") if is_run(s.from_run) else s.from_run
         found["sha256_of_from"] = model_sha256(folder)
+    found |= {f"config_{name}": v for name, v in function_of(run.model.config).items()}
     for split in ("train", *run.task.eval_splits):
         found[f"sha256_of_{split}"] = sha256_of(locate(run.task, split, s.data_dir))
+    found["sha256_of_tokens"] = hashlib.sha256(run.train_set.ids).hexdigest()
     for name, value in asdict(run.task).items():
         if name not in ("files", "folder"):  # a file may be moved
             found[f"task_{name}"] = value
@@ -231,27 +234,29 @@ def read_origin(run):
     place = f"--from {s.from_run}"
     Method = METHODS[s.method]
     needs = Method.output_head
-    if not is_run(s.from_run):
+    if is_run(s.from_run):
+        model, task, tokenizer, theirs = load_run(s.from_run)
+        if theirs["model_sha256"] != model_sha256(run.source):
+            raise UserError(f"{place}: began with another model than {s.model}")
+        if theirs["method"] != s.method and needs is not None:
+            raise UserError(f"{place}: a {theirs['method']} run; expected {s.method}, or fixed")
+        density = read_json(Path(s.from_run, "result.json"))["achieved_density"]
+        checkpoint = Path(s.from_run, "checkpoint.safetensors")
+    else:
         if needs == "words":
             raise UserError(f"{place}: not a run; {s.method} goes on from its own runs alone")
         model, tokenizer = load_folder(s.from_run, run.task, s.seed)
-        check_vocabulary(place, tokenizer, run)
-        if sizes_in(model.config) != sizes_in(read_config(run.source)[1]):
-            raise UserError(f"{place}: its model has other sizes than {s.model}")
+        task, checkpoint = run.task, None
         has_scores = getattr(Method, "initial", None) is not None
         density = 1.0 if has_scores else density_of(model)  # new scores do not know what is 0
-        return Origin(model, run.task, density, None)
-    model, task, _, theirs = load_run(s.from_run)
-    if theirs["model_sha256"] != model_sha256(run.source):
-        raise UserError(f"{place}: began with another model than {s.model}")
-    if theirs["method"] != s.method and needs is not None:
-        raise UserError(f"{place}: a {theirs['method']} run; expected {s.method}, or fixed")
-    density = read_json(Path(s.from_run, "result.json"))["achieved_density"]
-    return Origin(model, task, density, Path(s.from_run, "checkpoint.safetensors"))
+    check_vocabulary(place, tokenizer, run)
+    if function_of(model.config) != function_of(read_config(run.source)[1]):
+        raise UserError(f"{place}: the config.json of its model differs from that of {s.model}")
+    return Origin(model, task, density, checkpoint)
 
 
-def sizes_in(config):
-    """Return what must be equal in a model and in its origin."""
+def function_of(config):
+    """Return what config.json says of the function of a model, all but its dropout."""
     return {name: value for name, value in vars(config).items() if not name.endswith(DROPOUTS)}
 
 
@@ -268,6 +273,9 @@ def begin_from(run, origin):
         tensors = before_masks(origin.model, origin.checkpoint, run.model)
     # a kind with an output head of its own trains none for a task
     same = run.kind.own_head or name_of(origin.task) == name_of(run.task)
+    if same and run.words and origin.model.words.tolist() != run.words:
+        advice = 'with other label words; check --regression, and "words" in the task file'
+        raise UserError(f"--from {run.settings.from_run}: was trained {advice}")
     with torch.no_grad():
         for name, p in run.model.named_parameters():
             if name in tensors and (same or not name.startswith(run.model.head_name)):

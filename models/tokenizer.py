@@ -7,14 +7,14 @@ folder gets one tokenizer.json that says all, and a class that takes it as it is
 import json
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import BPE, WordPiece
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 
 from models.tokenizer_classes import BERT, CLASSES, GPT2, ROBERTA, class_of, implied_class, rebuild
 from support.files import atomic_write, read_optional, write_json
-from support.terminal import UserError, quote
+from support.terminal import UserError, quote, warn
 
 # ---------- reading -------------------------------------------------------------------------------
 
@@ -52,7 +52,15 @@ def load_tokenizer(folder, vocab_size, framed=True):
         raise UserError(f"{path}: {error}") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    if config.get("truncation_side", "right") != "right":
+        warn(f"{folder}: its truncation_side is ignored; what is too long is cut at the right")
+    if name == "DistilBertTokenizer":
+        config.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    if "token_type_ids" not in config.get("model_input_names", ["token_type_ids"]):
+        tokenizer = of_one_type(tokenizer)
     if not framed:
+        if model is WordPiece:
+            tokenizer.decoder = decoders.WordPiece()
         set_end(tokenizer, end_token(folder, config, tokenizer), path)
     if not tokenizer.num_special_tokens_to_add(is_pair=False):
         raise UserError(f"{path}: adds no special tokens; a model reads the first of them")
@@ -61,6 +69,14 @@ def load_tokenizer(folder, vocab_size, framed=True):
     if largest >= vocab_size:
         raise UserError(f"{path}: ids up to {largest}, but the embedding has {vocab_size} rows")
     return tokenizer
+
+
+def of_one_type(tokenizer):
+    """Return a tokenizer whose tokens have type 0, as if a model were not given their types."""
+    says = json.loads(tokenizer.to_str())
+    frame = json.dumps(says["post_processor"]).replace('"type_id": 1', '"type_id": 0')
+    says["post_processor"] = json.loads(frame)
+    return Tokenizer.from_str(json.dumps(says))
 
 
 def read_tokenizer(folder):
@@ -236,17 +252,20 @@ def spell_word(tokenizer, word):
     return " " + (word.capitalize() if word in ("yes", "no", "maybe") else word)
 
 
-def label_word_ids(tokenizer, task, method, by_logit=False):
-    """Return the ids of a task's label words, which the method needs.
+def label_word_ids(tokenizer, task, s, head):
+    """Return the ids of a task's label words, which the output head "words" needs; else [].
 
-    `by_logit`: a number is the logit of the word for the high end (SMP, released code), and not
-    interpolated between two words. Raises UserError where the task has no label words and, with
-    `by_logit`, where it predicts no number.
+    With --regression logit a number is the logit of the word for the high end (SMP, released code),
+    and not interpolated between two. Raises UserError where the task has no label words, and where
+    this setting would change nothing.
     """
-    if by_logit and task.kind != "score":
-        raise UserError(f"--regression logit: a prediction of {task.name} is no number")
+    by_logit = s.regression == "logit"
+    if by_logit and (head != "words" or task.kind != "score"):
+        raise UserError(f"--regression logit: no label word gives a number of {task.name} here")
+    if head != "words":
+        return []
     words = task.words[1:] if by_logit else task.words
     if not words:
-        given = f'give "words" in the task file; {method} needs one for each label'
+        given = f'give "words" in the task file; {s.method} needs one for each label'
         raise UserError(f"task {task.name} has no label words: {given}")
     return word_ids(tokenizer, words)

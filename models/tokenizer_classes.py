@@ -51,9 +51,11 @@ def class_of(folder, config):
     Raises UserError where we do not know it.
     """
     about = read_optional(folder / "config.json")
+    is_whole = (folder / "tokenizer.json").is_file()
     by_model = BY_MODEL.get(about.get("model_type"))
     if by_model and "AutoTokenizer" not in (config.get("auto_map") or {}):
-        return by_model
+        if CLASSES[by_model][1] or is_whole:
+            return by_model
     for file, says in (("tokenizer_config.json", config), ("config.json", about)):
         name = says.get("tokenizer_class")
         if "AutoTokenizer" in (says.get("auto_map") or {}):
@@ -64,7 +66,7 @@ def class_of(folder, config):
         if name not in CLASSES:
             expected = f"expected {', '.join(CLASSES)}"
             raise UserError(f"{folder / file}: the tokenizer is {quote(name)}; {expected}")
-        if CLASSES[name][1] or (folder / "tokenizer.json").is_file():
+        if CLASSES[name][1] or is_whole:
             return name
     return None
 

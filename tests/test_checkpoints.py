@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, score_task
@@ -12,7 +14,8 @@ from test_model import inputs
 from test_train import rows, run
 
 import train
-from data import KINDS
+from data import KINDS, get_task
+from kinds.score import Score
 from model import gelu
 from models.checkpoint import load_model, read_config
 from models.runs import load_run
@@ -115,6 +118,20 @@ def test_another_head_is_new(names, kind, architecture, tmp_path, capsys):
     if names == "others":
         with pytest.raises(UserError, match="its output head is for .x0.*; expected"):
             loaded(folder, kind, new_head=False)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta"])
+def test_a_head_of_every_token_is_another(architecture, tmp_path, capsys):
+    """Where a class needs a pooler and the folder has none, its head was not for this."""
+    folder = foreign(tmp_path / "a", "tag", LABELS["classify"], architecture=architecture)
+    state = load_file(folder / WEIGHTS)
+    save_file({n: t for n, t in state.items() if ".pooler." not in n}, folder / WEIGHTS)
+    model = loaded(folder, "classify")
+    assert head_of(model).std() < 0.1  # N(0, 0.02), and not what the file holds
+    line = "its output head is for every token, without a pooler; a new one is drawn"
+    assert line in capsys.readouterr().out
+    with pytest.raises(UserError, match="every token, without a pooler; expected"):
+        loaded(folder, "classify", new_head=False)
 
 
 def test_a_span_head_has_its_names_by_its_class(tmp_path, capsys):
@@ -329,6 +346,18 @@ def test_folders_that_cannot_teach(tiny, turned, tmp_path, capsys):
     edit_json(bad["short"] / "config.json", max_position_embeddings=16)
     refused(capsys, [*flags, bad["short"]], "16 positions")
     refused(capsys, [*tiny, "--out", tmp_path / "x", "--from", turned], "not a run; smp-s")
+
+
+def test_a_teacher_of_another_range(monkeypatch, capsys):
+    """A teacher that is worse than the mean label is told, such as one from 0 to 1."""
+    labels = np.array([0, 1, 2.5, 4, 5], np.float32)
+    kind = Score(get_task("stsb"))
+    for scale, lines in ((0.9, 0), (0.2, 1), (-1, 1)):
+        logits = torch.from_numpy(scale * labels)[:, None]
+        monkeypatch.setattr(kind, "logits", lambda *args, logits=logits: logits)
+        table = kind.teach(None, SimpleNamespace(labels=labels), torch.device("cpu"), "fp32")
+        assert torch.equal(table, logits[:, 0])
+        assert capsys.readouterr().err.count("further from the labels than their mean") == lines
 
 
 def test_a_foreign_score_teaches(tiny, tmp_path):

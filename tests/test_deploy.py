@@ -230,6 +230,8 @@ def test_compact_folder_is_the_run(tiny, finished, tmp_path, capsys):
             assert "differ by" in capsys.readouterr().out
     whole = 4 * sum(p.numel() for p in run.parameters())  # bytes in float32
     assert whole > bytes_of["0"] > bytes_of["3"]
+    argv = ["onnx", tmp_path / "0", tmp_path / "x.onnx", "--best"]
+    refused(capsys, argv, "--best", "has one model; compact the run with --best")
     about["sizes"][0][2] += 1
     (tmp_path / "0" / "compact.json").write_text(json.dumps(about))
     with pytest.raises(UserError, match="not a whole compact model"):

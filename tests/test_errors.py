@@ -97,7 +97,7 @@ QUERY = "bert.encoder.layer.1.attention.self.query.weight"
         ("--epochs two", ["--epochs", "two"]),
         ("--ramp 0", ["--ramp"]),
         ("--hold 0.5 --ramp 0.6", ["--hold 0.5", "--ramp 0.6"]),
-        ("--regression logit", ["--regression logit", "a prediction of pairs is no number"]),
+        ("--regression logit", ["--regression logit", "no label word gives a number of pairs"]),
         ("--pattern 4:2", ["--pattern 4:2", "0 < n < m"]),
         ("--pattern rows", ["--pattern rows", "weight, unit, head, square blocks as 8x8"]),
         ("--pattern 5x5", ["--pattern 5x5", "a matrix is 32 x 32"]),

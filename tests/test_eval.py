@@ -8,8 +8,10 @@ import torch
 
 import eval as evaluation
 import train
-from data import Dataset, Task, kind_of
+from conftest import score_task
+from data import Dataset, Task, get_task, kind_of
 from kinds.classify import Classify
+from support.terminal import UserError
 
 
 def test_each_dev_set_has_its_own_metric(monkeypatch):
@@ -41,6 +43,15 @@ def test_small_densities_differ_in_the_warning(capsys):
     """The warning shows so many digits that the two densities differ."""
     evaluation.warn_of_density(0.0001, 0.000134)
     assert "density 0.000134 was achieved where 0.0001 was asked for" in capsys.readouterr().err
+
+
+def test_another_range_is_refused(tiny, tmp_path):
+    path = score_task(tiny, tmp_path)
+    task = get_task(None, path)
+    assert evaluation.task_of_same_labels(None, path, task) == task
+    path.write_text(path.read_text().replace("[0, 5]", "[0, 1]"))
+    with pytest.raises(UserError, match="values: expected kind, labels and range of values"):
+        evaluation.task_of_same_labels(None, path, task)
 
 
 def test_totals_of_a_table():

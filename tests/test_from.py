@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_errors import refused
+from test_errors import edit_json, refused
 from test_train import flags_of, interrupted_at, result_of, rows, run, same
 
 import prune
@@ -189,8 +189,24 @@ def test_bad_beginnings(tiny, halves, tmp_path, capsys):
     shutil.copytree(halves / "movement", based)
     Path(based, "config.json").write_text(json.dumps(config | {"model_sha256": "0"}))
     refused(capsys, [*begin, based, *other], "began with another model")
+    base = shutil.copytree(tiny[1], tmp_path / "base")
+    edit_json(base / "config.json", layer_norm_eps=0.1)
+    again = [*begin, halves / "movement", *other, "--model", base]
+    refused(capsys, again, "the config.json of its model differs")
     refused(capsys, [*tiny, "--method", "fixed", "--out", tmp_path / "x"], "give --from RUN")
     assert not (tmp_path / "out").exists()
+
+
+def test_other_label_words_are_refused(tiny, halves, tmp_path, capsys):
+    """On the same task scores were learned for the words of then; a head may have no words."""
+    task = json.loads(Path(tiny[3]).read_text())
+    other = Path(tiny[3]).with_name("other.json")
+    other.write_text(json.dumps(task | {"words": ["yes", "no"]}))
+    for method in ("smp-s", "fixed"):
+        argv = [*tiny, "--task-file", other, "--method", method, "--from", halves / "smp-s"]
+        refused(capsys, [*argv, "--out", tmp_path / method], "with other label words", "--from")
+    argv = [*tiny, "--method", "fixed", "--from", halves / "pins", "--regression", "logit"]
+    refused(capsys, [*argv, "--out", tmp_path / "x"], "no label word gives a number of pairs")
 
 
 def test_fixed_keeps_the_way_of_a_regression(tiny, capsys):

@@ -280,6 +280,7 @@ def write_tokenizer(texts, folder, change=None, **says):
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(says))
+    return tokenizer
 
 
 def write_config(folder, kind, **more):
@@ -340,6 +341,13 @@ def test_tokenizers_that_are_refused(texts, tmp_path):
     write_config(tmp_path / "b", "qwen2")
     with pytest.raises(UserError, match="its normalizer is not that of Qwen2Tokenizer"):
         load_tokenizer(tmp_path / "b", 400, framed=False)
+
+    whole = write_tokenizer(texts, tmp_path / "d", tokenizer_class="LlamaTokenizer")
+    write_config(tmp_path / "d", "mistral", eos_token_id=0)
+    expected = load_tokenizer(tmp_path / "d", 400, framed=False).encode("the cat").tokens
+    whole.model.save(str(tmp_path / "d"))  # vocab.json and merges.txt
+    (tmp_path / "d" / "tokenizer.json").unlink()
+    assert load_tokenizer(tmp_path / "d", 400, framed=False).encode("the cat").tokens == expected
 
     def without_bytes(tokenizer):
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()

@@ -49,6 +49,10 @@ def flags_in(place, tiny):
 
 CHANGES = {
     "sha256_of_model": lambda place: change_model(place / "model" / "model.safetensors"),
+    "config_layer_norm_eps": lambda place: edit_json(
+        place / "model" / "config.json", layer_norm_eps=0.1
+    ),
+    "sha256_of_tokens": lambda place: change_tokens(place / "model" / "tokenizer.json"),
     "sha256_of_train": lambda place: append(place / "train.tsv"),
     "sha256_of_dev": lambda place: append(place / "dev.tsv"),
     "task_words": lambda place: edit_json(place / "task.json", words=["yes", "no"]),
@@ -60,6 +64,13 @@ def change_model(path):
     state = load_file(path)
     state["bert.embeddings.LayerNorm.bias"] += 1
     save_file(state, path)
+
+
+def change_tokens(path):
+    says = json.loads(path.read_text())
+    words = says["model"]["vocab"]
+    words["w1"], words["w2"] = words["w2"], words["w1"]
+    path.write_text(json.dumps(says))
 
 
 def append(path):

@@ -784,6 +784,9 @@ def test_a_split_without_references_has_no_score(tmp_path, capsys):
     argv = ["--task-file", tmp_path / "task.json", "--split", "test"]
     argv += ["--score", tmp_path / "out.txt"]
     refused(capsys, argv, 'test.csv:1: no column "text"', main=evaluation.main)
+    (tmp_path / "test.csv").write_text("source,text\na,\n")
+    assert evaluation.main([str(value) for value in argv]) == 0
+    assert "bleu counts as 0: every reference is empty" in capsys.readouterr().err
 
 
 @pytest.mark.real

@@ -338,6 +338,8 @@ def export_onnx(args):
     if Path(args.target).suffix != ".onnx":
         raise UserError(f"{args.target}: expected a name that ends with .onnx")
     is_compact = Path(args.run, "compact.json").is_file()
+    if is_compact and args.which == "best":
+        raise UserError(f"--best: {args.run} has one model; compact the run with --best")
     load = load_for_use if is_compact else partial(load_run, which=args.which)
     model, task, tokenizer, s = load(args.run)
     if not is_compact:
