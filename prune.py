@@ -164,6 +164,7 @@ class Dense:
     masks = False  # weights that are not kept are remembered, and can come back
     first = 1.0  # the density at which the ramp starts
     wrong = False  # or a tensor: may a mask of this or an earlier step be wrong?
+    skips = False  # fp16: the scaler skips a step whose gradients are not finite
 
     def __init__(self, model, settings, total_steps):
         self.model = model
@@ -525,14 +526,13 @@ class Pins(Fixed):
         s = self.settings
         place = step % s.pins_window  # in the window
         if place == 0:
-            # fp16: where the scaler has skipped a step of the window, the sum is not a number
-            mean = self.sums.div_(s.pins_window).nan_to_num_(0.0, 0.0, 0.0)
+            mean = self.sums.div_(s.pins_window)
             self.ema.lerp_(mean, 1 - s.beta1)
             self.unc.lerp_((mean - self.ema).abs_(), 1 - s.beta2)
             self.sums.zero_()
         for weight, total in zip(self.weights, self.sums.split(self.sizes)):
-            factor = self.factor(weight, weight.grad, lr)
-            total.view_as(weight).addcmul_(factor, weight.grad)  # (numel,) -> (out, in)
+            grad = weight.grad.nan_to_num(0.0, 0.0, 0.0) if self.skips else weight.grad
+            total.view_as(weight).addcmul_(self.factor(weight, grad, lr), grad)  # (n,) -> (out, in)
         ranks = step > self.start and place == 0  # once per window in the ramp, then every step
         if step >= s.pins_window and (ranks or step > self.end):  # before, nothing is measured
             self.mask = self.select(self.density(step))

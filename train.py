@@ -196,7 +196,8 @@ class Run:
         self.settings = s = Settings(**json.loads(chosen))
         self.command = command
         self.out = Path(s.out)
-        self.dtype = pick_dtype(self.device) if s.dtype == "auto" else s.dtype
+        dtype = pick_dtype(self.device) if s.dtype == "auto" else s.dtype
+        self.dtype = from_rank_0(dtype.encode(), self.rank, self.world).decode()
         self.log = Log(self.out / "metrics.jsonl", self.rank)
         tell(f"loading model {s.model}, task {s.task}")
         # The first process of a machine downloads and tokenises; the others find it done.
@@ -259,6 +260,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.method.groups(), fused=fused)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == "fp16")
+        self.method.skips = self.scaler.is_enabled()
         self.net = DistributedDataParallel(self.model) if self.world > 1 else self.model
         # Every rank makes the masks itself, so they need not be sent. The argument of this name is
         # deprecated since torch 2.13. Without DistributedDataParallel nothing reads the attribute.

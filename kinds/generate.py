@@ -25,7 +25,7 @@ from support.machine import autocast, inputs, rank_and_world, send
 from support.terminal import UserError, live, quote, warn
 
 # Tokens of a batch in `predict`, with those to come. On a CPU 1 << 11 take 1.5 times as long.
-MAX_TOKENS = {"cpu": 1 << 13, "mps": 1 << 14, "cuda": 1 << 17}
+MAX_TOKENS = {"cpu": 1 << 13, "mps": 1 << 14, "cuda": 1 << 15}
 
 
 @dataclass

@@ -35,6 +35,9 @@ def pick_device(name):
         name = [device for device in found if found[device]][0]
     if not found[name]:
         raise UserError(f"--device {name}: this machine, or this build of torch, has none")
+    if name == "cuda":
+        # cuDNN's attention makes a plan for each new shape, and rounds dropout in torch 2.11
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device(name)
 
 

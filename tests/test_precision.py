@@ -99,6 +99,25 @@ def test_an_infinite_gradient_skips_its_step(tiny, tmp_path, monkeypatch):
     assert json.loads(header["progress"])["scaler"]["scale"] == 32_768
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_skipped_step_counts_as_importance_0(value, tiny, tmp_path, monkeypatch):
+    """The other nine steps of its window still tell which weights matter."""
+    measured = {}
+    observe = prune.Sensitivity.observe
+
+    def noted(self, step, lr):
+        observe(self, step, lr)
+        measured[step] = self.importance().clone()
+
+    monkeypatch.setattr(prune.Sensitivity, "observe", noted)
+    spoil_gradients(monkeypatch, {13}, value)
+    flags = ["--method", "sensitivity", "--dtype", "fp16", "--ramp", "0.5"]
+    assert run(tiny, tmp_path / "out", *flags) == 0
+    for step in (10, 20):
+        assert measured[step].isfinite().all()
+        assert (measured[step] > 0).float().mean() > 0.9
+
+
 def test_a_nan_in_each_step_stops_the_run(tiny, tmp_path, monkeypatch, capsys):
     """A run that skips every step stops after 17 of them, and does not end with status 0."""
     spoil_gradients(monkeypatch, set(range(100)), float("nan"))
