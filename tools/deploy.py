@@ -333,13 +333,13 @@ def export_onnx(args):
 
     The model of a run is compacted before. With --int8 the matrices of the file are quantised.
     """
-    onnx_files.packages()
     make_room(args)
     if Path(args.target).suffix != ".onnx":
         raise UserError(f"{args.target}: expected a name that ends with .onnx")
     is_compact = Path(args.run, "compact.json").is_file()
     if is_compact and args.which == "best":
         raise UserError(f"--best: {args.run} has one model; compact the run with --best")
+    onnx_files.packages()
     load = load_for_use if is_compact else partial(load_run, which=args.which)
     model, task, tokenizer, s = load(args.run)
     if not is_compact:
