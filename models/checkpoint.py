@@ -179,7 +179,8 @@ def load_model(
         raise UserError(f"{folder}: {DECODER} differs from {expected}; label words cannot use it")
     if output_head == "classifier" and labels:
         name, _ = Model.heads[form]
-        arrange_head(folder, tensors, name, labels, new_head, form)
+        per_token = form == "pooled" and not holds(tensors, "bert.pooler.")
+        arrange_head(folder, tensors, name, labels, new_head, per_token)
     # BertForMaskedLM has no pooler, and heads of every token read none
     pooler = not mlm and form == "pooled" and holds(tensors, "bert.pooler.")
     with torch.device("meta"):  # only shapes: the values come from the file

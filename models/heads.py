@@ -7,11 +7,11 @@ from support.files import read_json
 from support.terminal import UserError, quote, tell
 
 
-def arrange_head(folder, tensors, name, labels, new_head, form):
+def arrange_head(folder, tensors, name, labels, new_head, per_token):
     """Put the rows of the output head `name` into the order of `labels`, or remove the head.
 
-    It stays where config.json names these labels, in whatever order and case, and the folder has
-    the pooler that the `form` needs. Else a line says so or, where there may be no new head, a
+    It stays where config.json names these labels, in whatever order and case. A head that was for
+    every token (`per_token`) does not stay. A line says so or, where there may be no new head, a
     UserError.
     """
     found = [n for n in tensors if n in (f"{name}.weight", f"{name}.bias")]
@@ -21,8 +21,9 @@ def arrange_head(folder, tensors, name, labels, new_head, form):
     if len(labels) == 1 and theirs == [] and not new_head:
         theirs = list(labels)  # a single value has no order
     rows = {len(tensors[n]) for n in found}
-    per_token = form == "pooled" and not any(n.startswith("bert.pooler.") for n in tensors)
-    for spell in () if per_token else (str, str.casefold):
+    if per_token:
+        theirs = []
+    for spell in (str, str.casefold):
         wanted = [spell(label) for label in labels]
         there = [spell(label) for label in theirs]
         if rows == {len(set(wanted))} and sorted(wanted) == sorted(there):
