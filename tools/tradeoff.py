@@ -2,10 +2,11 @@
 
     python -m tools.tradeoff RUN... --data-dir GLUE --picture speed.png
 
-The dense run of a task is measured in PyTorch and in ONNX Runtime, in fp32 and int8. Any other run
-is compacted and measured in ONNX Runtime in int8 and, where few weights are left, with sparse
-matrices. All models of a task are timed in turn, in one process. Speed is that of 8 examples of the
-task's own lengths, over that of the dense model in PyTorch.
+The dense run of a task is measured in PyTorch and in ONNX Runtime, in fp32 and int8, and in int8 as
+torch exports it by itself, too. Any other run is compacted and measured in ONNX Runtime in int8
+and, where few weights are left, with sparse matrices. All models of a task are timed in turn, in
+one process. Speed is that of 8 examples of the task's own lengths, over that of the dense model in
+PyTorch.
 """
 
 import sys
@@ -36,6 +37,7 @@ CPU = torch.device("cpu")
 EXAMPLES = 8  # in a batch
 BATCHES = 4  # in a round
 INT8 = "ONNX Runtime, int8"  # the name of this way
+PLAIN = INT8 + ", torch's export"  # of what a user has without this project
 
 
 @dataclass
@@ -59,9 +61,13 @@ def ways_of(run, model, method):
     if method != "dense":
         compact(model)
     data = onnx_files.to_onnx(model)
-    fp32, int8 = [onnx_files.OnnxModel(each) for each in (data, onnx_files.in_int8(data))]
-    found = {"PyTorch": own, "ONNX Runtime": fp32} if method == "dense" else {}
-    found[INT8] = int8
+    found = {}
+    if method == "dense":
+        plain = onnx_files.in_int8(onnx_files.to_onnx(model, operators={}))
+        found["PyTorch"] = own
+        found["ONNX Runtime"] = onnx_files.OnnxModel(data)
+        found[PLAIN] = onnx_files.OnnxModel(plain)
+    found[INT8] = onnx_files.OnnxModel(onnx_files.in_int8(data))
     if sparse(thin):
         found["sparse"] = thin
     return [Way(Path(run).name, name, way, density) for name, way in found.items()]
