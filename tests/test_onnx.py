@@ -143,7 +143,7 @@ def test_without_us(runs, files, tmp_path, monkeypatch):
 
 
 def test_tradeoff(runs, files, tiny, tmp_path, capsys, monkeypatch):
-    """A row for each way to deploy a run, with the metrics of the run."""
+    """A row for each way to deploy a run, with its metrics, and timed without dropout."""
     data = files["words"].read_bytes()
     monkeypatch.setattr(onnx_files, "to_onnx", lambda model, **_: data)  # which takes seconds
     flags = ["--method", "dense", "--max-steps", "1", "--out", str(tmp_path / "dense")]
@@ -159,6 +159,8 @@ def test_tradeoff(runs, files, tiny, tmp_path, capsys, monkeypatch):
     for row, folder in ((0, tmp_path / "dense"), (5, runs["words"])):
         found = list(json.loads((folder / "result.json").read_text())["metrics"].values())[0]
         assert abs(metrics[row] - found) < 1e-4
+    ways = tradeoff.ways_of(runs["words"], load_run(runs["words"])[0], "smp-s")
+    assert ways[-1].name == "sparse" and not ways[-1].model.training
     refused(capsys, [runs["words"], *named], "shall be a dense one", main=tradeoff.main)
     short = tmp_path / "short"
     assert train.main([*tiny, *flags[:-1], str(short), "--max-length", "8"]) == 0

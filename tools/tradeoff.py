@@ -56,7 +56,7 @@ class Way:
 def ways_of(run, model, method):
     """Return the ways to deploy the model of a run, which is changed."""
     density = density_of(model)
-    own = copy.deepcopy(model)
+    own = copy.deepcopy(model.eval())  # without dropout
     thin = copy.deepcopy(model)
     if method != "dense":
         compact(model)
