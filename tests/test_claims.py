@@ -28,7 +28,10 @@ def commands():
 
 
 def rows_of_page():
-    """{number of the claim: [(task, pairs in cells, difference, verdict)]} of the table."""
+    """{number of the claim: [(cell, pairs in cells, difference, verdict)]} of the table.
+
+    A cell is a model and a task: ("$TINY", "sst2").
+    """
     table = PAGE[PAGE.index("|---|---|---|---|---|---|---|") :]
     found = {}
     for line in table[: table.index("\n\n")].splitlines()[1:]:
@@ -36,26 +39,27 @@ def rows_of_page():
             cell.strip() for cell in line.strip("|").split("|")
         ]
         claim = int(number) if number else claim  # noqa: F821  (of the row before)
-        task = TASKS[tested.split(",")[0]]
-        found.setdefault(claim, []).append((task, pairs, difference, verdict))
+        model = "$MINILM" if "MiniLM" in tested else "$TINY"
+        cell = (model, TASKS[tested.split(",")[0]])
+        found.setdefault(claim, []).append((cell, pairs, difference, verdict))
     return found
 
 
 def rows_of_records(arguments, capsys):
-    """{task: (pairs in cells, difference)} as tools.report prints them."""
+    """{(model, task): (pairs in cells, difference)} as tools.report prints them."""
     capsys.readouterr()
     assert report.main(arguments) == 0
     printed = capsys.readouterr().out
-    tasks = re.findall(r"^\| \S+ \| (\w+) \| [\d.]+ \|", printed, re.MULTILINE)
+    cells = re.findall(r"^\| (\S+) \| (\w+) \| [\d.]+ \|", printed, re.MULTILINE)
     found = {}
     for line in printed.splitlines():
         match = re.search(SUMMARY, line)
         if not match or (line.startswith("all: ") and found):
             continue
-        mean, low, high, pairs, cells = match.groups()
-        task = tasks[0] if line.startswith("all: ") else line.split(":")[0].split(", ")[1]
+        mean, low, high, pairs, count = match.groups()
+        cell = cells[0] if line.startswith("all: ") else tuple(line.split(":")[0].split(", "))
         width = f" ({low} to {high})" if low else ""
-        found[task] = (f"{pairs} in {cells}", f"{mean}{width}")
+        found[cell] = (f"{pairs} in {count}", f"{mean}{width}")
     return found
 
 
@@ -77,7 +81,7 @@ def test_a_claim_is_what_the_records_say(number, claims, capsys):
     for arguments in commands:
         found = rows_of_records(arguments, capsys)
         here, rows = rows[: len(found)], rows[len(found) :]
-        assert {task: (pairs, difference) for task, pairs, difference, _ in here} == found
+        assert {cell: (pairs, difference) for cell, pairs, difference, _ in here} == found
     assert not rows
 
 
