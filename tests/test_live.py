@@ -435,6 +435,15 @@ def test_curves(made, tmp_path, capsys):
     refused(capsys, alone, "--against: only with --curve", main=report.main)
 
 
+def test_a_method_keeps_its_colour():
+    """Against weights a model has a style; without, each of up to 30 labels looks different."""
+    looks = pictures.looks_of(["BIG dense", "BIG smp-s", "SMALL smp-s"], by_model=True)
+    (_, one), (color, _), (same_color, other) = looks.values()
+    assert color == same_color and one != other
+    labels = [f"method {i:02}" for i in range(30)]
+    assert len(set(pictures.looks_of(labels, by_model=False).values())) == 30
+
+
 def test_weights_in_place_of_densities(tiny, monkeypatch):
     """A point is at the number of weights that were kept, and models have lines of their own."""
     settings = {"method": "smp-s", "teacher": None, "regression": "value", "seed": 0}

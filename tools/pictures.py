@@ -52,14 +52,29 @@ def curve(lines, metrics, path, against):
     """
     figure, path = new_figure(path, "--curve", size=(6.5 * len(metrics), 4.2))
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
-    labels = sorted({label for _, label in lines})
+    looks = looks_of(sorted({label for _, label in lines}), by_model=against == "weights")
     for panel, task in zip(panels, sorted(metrics)):
         here = {label: points for (t, label), points in lines.items() if t == task}
-        draw_panel(panel, here, labels, ticks=against == "density")
+        draw_panel(panel, here, looks, ticks=against == "density")
         xlabel = "density" if against == "density" else "weights of the encoder that are not zero"
         panel.set(title=task, xlabel=xlabel, ylabel=f"{metrics[task]} on dev, percent")
     save_figure(figure, path)
     print(f"{path}: {len(lines)} lines, {len(metrics)} tasks")
+
+
+def looks_of(labels, by_model):
+    """Return {label: (colour, style)}. A method has the same look in each panel.
+
+    `by_model`: a label begins with its model. A method keeps its colour, and a model its style.
+    """
+    parts = [label.split(" ", 1) if by_model else ("", label) for label in labels]
+    models, methods = [sorted(set(names)) for names in zip(*parts)]
+    looks = {}
+    for label, (model, method) in zip(labels, parts):
+        i = methods.index(method)
+        style = i // 10 + models.index(model)  # there are ten colours
+        looks[label] = (f"C{i % 10}", ("o-", "s--", "^:")[style % 3])
+    return looks
 
 
 def spread(values):
@@ -67,15 +82,13 @@ def spread(values):
     return np.std(values, ddof=1) if len(values) > 1 else 0.0
 
 
-def draw_panel(axes, lines, labels, ticks):
-    """Draw the lines {label: {density: values}} of a task. `labels` are those of all tasks.
+def draw_panel(axes, lines, looks, ticks):
+    """Draw the lines {label: {density: values}} of a task. `looks`: see `looks_of`.
 
-    A label has the same colour in each panel. `ticks`: mark the densities that were drawn.
+    `ticks`: mark the densities that were drawn.
     """
     for label, points in lines.items():
-        i = labels.index(label)
-        color = f"C{i % 10}"
-        style = ("o-", "s--", "^:")[i // 10 % 3]  # there are ten colours
+        color, style = looks[label]
         densities = sorted(points)
         means = np.array([np.mean(points[density]) for density in densities])
         spreads = np.array([spread(points[density]) for density in densities])
