@@ -9,7 +9,7 @@ from conftest import ROOT
 FIVE = {"train": 575, "prune": 600, "model": 340, "data": 450, "eval": 340}  # lines at most
 LARGE = {"tools/deploy": 850, "tools/report": 600, "tools/bench": 600}
 FOLDERS = ("kinds", "models", "support", "tools")
-TOTAL = 12_315  # lines of Python outside tests/ and demo/
+TOTAL = 12_316  # lines of Python outside tests/ and demo/
 LAYOUT = {
     tokenize.COMMENT,
     tokenize.NL,

@@ -436,12 +436,13 @@ def test_curves(made, tmp_path, capsys):
 
 
 def test_a_method_keeps_its_colour():
-    """Against weights a model has a style; without, each of up to 30 labels looks different."""
+    """Against weights a model has a style, too. Each of up to 60 labels looks different."""
     looks = pictures.looks_of(["BIG dense", "BIG smp-s", "SMALL smp-s"], by_model=True)
     (_, one), (color, _), (same_color, other) = looks.values()
     assert color == same_color and one != other
-    labels = [f"method {i:02}" for i in range(30)]
-    assert len(set(pictures.looks_of(labels, by_model=False).values())) == 30
+    labels = [f"{model} {i:02}" for model in ("BIG", "SMALL") for i in range(30)]
+    for by_model in (False, True):
+        assert len(set(pictures.looks_of(labels, by_model).values())) == 60
 
 
 def test_weights_in_place_of_densities(tiny, monkeypatch):

@@ -62,6 +62,9 @@ def curve(lines, metrics, path, against):
     print(f"{path}: {len(lines)} lines, {len(metrics)} tasks")
 
 
+STYLES = ("o-", "s--", "^:", "D-.", "v-", "X--")
+
+
 def looks_of(labels, by_model):
     """Return {label: (colour, style)}. A method has the same look in each panel.
 
@@ -71,9 +74,9 @@ def looks_of(labels, by_model):
     models, methods = [sorted(set(names)) for names in zip(*parts)]
     looks = {}
     for label, (model, method) in zip(labels, parts):
-        i = methods.index(method)
-        style = i // 10 + models.index(model)  # there are ten colours
-        looks[label] = (f"C{i % 10}", ("o-", "s--", "^:")[style % 3])
+        again, color = divmod(methods.index(method), 10)  # there are ten colours
+        style = STYLES[(again * len(models) + models.index(model)) % len(STYLES)]
+        looks[label] = (f"C{color}", style)
     return looks
 
 
